@@ -39,13 +39,9 @@ class Plan:
         roles = [axis.role for axis in self.axes]
         for axis in self.axes:
             if axis.role not in LETTER:
-                raise PlanError(
-                    f"axis {axis.name!r} has role {axis.role!r}; known roles: {', '.join(LETTER)}"
-                )
+                raise PlanError(f"axis {axis.name!r} has role {axis.role!r}; known roles: {', '.join(LETTER)}")
             if not isinstance(axis.size, int) or isinstance(axis.size, bool) or axis.size < 1:
-                raise PlanError(
-                    f"axis {axis.name!r} has size {axis.size!r}; a size is a whole number of at least 1"
-                )
+                raise PlanError(f"axis {axis.name!r} has size {axis.size!r}; a size is a whole number of at least 1")
         for what, values in (("name", names), ("role", roles)):
             twice = sorted({value for value in values if values.count(value) > 1})
             if twice:
@@ -84,9 +80,7 @@ class Plan:
         """
         if layout is None:
             if ndim not in _LAYOUT_BY_NDIM:
-                raise PlanError(
-                    f"a {ndim}-D tensor has no customary layout; name its dims, for example layout='NDHW'"
-                )
+                raise PlanError(f"a {ndim}-D tensor has no customary layout; name its dims, for example layout='NDHW'")
             layout = _LAYOUT_BY_NDIM[ndim]
         if len(layout) != ndim or len(set(layout)) != len(layout):
             raise PlanError(f"layout {layout!r} must name each of the {ndim} dims of the tensor once")
@@ -142,9 +136,7 @@ def interval(shape: tuple[int, ...], plan: Plan, rank: int, layout: str | None =
     `layout` as in `Plan.dims`. Dims that no axis splits come back whole. Raises `PlanError`.
     """
     spans = [slice(0, size) for size in shape]
-    for axis, index, dim in zip(
-        plan.axes, plan.coordinates(rank), plan.dims(len(shape), layout), strict=True
-    ):
+    for axis, index, dim in zip(plan.axes, plan.coordinates(rank), plan.dims(len(shape), layout), strict=True):
         if dim is not None:
             span = chunk(shape[dim], axis.size, index)
             spans[dim] = slice(span.lo, span.hi)
