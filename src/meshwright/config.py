@@ -1,0 +1,285 @@
+"""The configuration of a training job: frozen dataclasses filled from strict YAML and `--set a.b=c`.
+
+The dataclasses are the schema: one reader walks their fields, so a new option is one line here. An unknown key, a wrong
+type or a value that is not one of the choices is a `ConfigError` that names the key, the value and what was expected.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+
+from meshwright.errors import ConfigError, PlanError
+from meshwright.plan.plan import Plan
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """How the work is split: a plan file, or the size of each axis. Nothing given: all ranks along depth."""
+
+    file: str | None = None
+    data: int | None = None
+    depth: int | None = None
+    height: int | None = None
+    width: int | None = None
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which volumes. `mni152` is the template inside nilearn; `folder` reads `images` and `labels` (NIfTI)."""
+
+    name: Literal["mni152", "folder"] = "mni152"
+    resolution_mm: float = 2.0
+    fold: int = 0
+    hemisphere: bool = True  # one hemisphere only (mni152): the template is mirror-symmetric to the bit
+    images: str | None = None
+    labels: str | None = None
+    validation: int = 1  # folder: how many of the last cases are held out
+    classes: tuple[str, ...] = ("other", "grey", "white")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network: its name in `meshwright.models` and its sizes."""
+
+    name: Literal["small_unet", "unet3d"] = "small_unet"
+    base: int = 8
+    levels: int = 3
+    norm: Literal["batch", "group", "instance"] = "batch"
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW or SGD, the schedule of the learning rate, and the limit of the global gradient norm (0: none)."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    lr: float = 1e-2
+    weight_decay: float = 1e-2
+    schedule: Literal["one_cycle", "constant"] = "one_cycle"
+    clip_norm: float = 1.0
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Steps, arithmetic, augmentation and the loss: `cross_entropy` × CE + `dice` × (1 − soft Dice)."""
+
+    steps: int = 150
+    batch: int = 1
+    precision: Literal["fp32", "bf16"] = "bf16"
+    augment: bool = True
+    cross_entropy: float = 1.0
+    dice: float = 1.0
+    validate_every: int = 50  # steps between validations; 0: only at the end
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint every so many steps (0: only at the end), of which the newest `keep` stay."""
+
+    every: int = 50
+    keep: int = 2
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole job. `ranks` None: what the plan needs, or what the launcher started, or 2."""
+
+    ranks: int | None = None
+    threads: int | None = None  # per rank; None: the cores of this machine shared out evenly
+    seed: int = 0
+    run: str | None = None  # None: runs/<date>-<time>
+    plan: PlanConfig = field(default_factory=PlanConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+
+    def __post_init__(self) -> None:
+        whole = {
+            "ranks": self.ranks,
+            "threads": self.threads,
+            "train.steps": self.train.steps,
+            "train.batch": self.train.batch,
+            "model.base": self.model.base,
+            "model.levels": self.model.levels,
+            "checkpoint.keep": self.checkpoint.keep,
+        }
+        for key, value in whole.items():
+            if value is not None and value < 1:
+                raise ConfigError(f"{key} = {value}: at least 1 is needed")
+        positive = {"data.resolution_mm": self.data.resolution_mm, "optim.lr": self.optim.lr}
+        for name, number in positive.items():
+            if not 0 < number < float("inf"):
+                raise ConfigError(f"{name} = {number}: a positive number is needed")
+        zero = {
+            "seed": self.seed,
+            "checkpoint.every": self.checkpoint.every,
+            "optim.clip_norm": self.optim.clip_norm,
+            "train.validate_every": self.train.validate_every,
+            "optim.weight_decay": self.optim.weight_decay,
+        }
+        for name, number in zero.items():
+            if not 0 <= number < float("inf"):
+                raise ConfigError(f"{name} = {number}: 0 or more is needed")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain values only: what `save` writes and `read` accepts."""
+        return typing.cast(dict[str, Any], _plain(asdict(self)))
+
+    def yaml(self) -> str:
+        """The whole configuration as YAML, every default written out."""
+        return yaml.safe_dump(self.as_dict(), sort_keys=False)
+
+
+def load(path: str | Path | None = None, settings: Iterable[str] = (), ranks: int | None = None) -> Config:
+    """The configuration from a YAML file (or the defaults), changed by `a.b=c` settings, then by `ranks`.
+
+    Raises `ConfigError` for a missing file, an unknown key, or a value of the wrong type.
+    """
+    raw: Any = {}
+    where = "configuration"
+    if path is not None:
+        where = str(path)
+        try:
+            raw = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"{path}: cannot read the configuration: {error.strerror}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path}: not YAML: {error}") from None
+    config = read(Config, {} if raw is None else raw, where)
+    for setting in settings:
+        config = override(config, setting)
+    return config if ranks is None else replace(config, ranks=ranks)
+
+
+def override(config: Config, setting: str) -> Config:
+    """`config` with one `a.b=c` applied; `c` is read as YAML and must have the type of the field."""
+    key, equals, text = setting.partition("=")
+    if not equals or not key.strip():
+        raise ConfigError(f"--set {setting!r}: write it as section.key=value, for example --set train.steps=20")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {setting!r}: the value is not YAML: {error}") from None
+    *sections, name = key.strip().split(".")
+    patch: Any = {name: value}
+    for section in reversed(sections):
+        patch = {section: patch}
+    return read(Config, _merge(config.as_dict(), patch), f"--set {setting!r}")
+
+
+def read(kind: type[T], raw: object, where: str, prefix: str = "") -> T:
+    """A dataclass of type `kind` from a mapping; `where` and the dotted key are named in every error."""
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys, got {raw!r}")
+    hints = typing.get_type_hints(kind)
+    names = [f.name for f in fields(typing.cast(Any, kind))]
+    for key in raw:
+        if key not in names:
+            near = difflib.get_close_matches(str(key), names, n=1)
+            guess = f"; did you mean {prefix}{near[0]}?" if near else f"; known here: {', '.join(names)}"
+            raise ConfigError(f"{where}: unknown key {prefix}{key}{guess}")
+    return kind(**{key: _value(hints[key], raw[key], where, prefix + key) for key in raw})
+
+
+def _value(hint: Any, value: object, where: str, key: str) -> Any:
+    """`value` if it has the type `hint`; whole numbers count as floats, nothing else is converted."""
+    if is_dataclass(hint) and isinstance(hint, type):
+        return read(hint, value, where, key + ".")
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal and any(value == choice and type(value) is type(choice) for choice in arguments):
+        return value
+    if origin is types.UnionType:
+        if value is None and type(None) in arguments:
+            return None
+        hint = next(choice for choice in arguments if choice is not type(None))
+        return _value(hint, value, where, key)
+    if origin is tuple and isinstance(value, list | tuple):
+        return tuple(_value(arguments[0], item, where, f"{key}[{index}]") for index, item in enumerate(value))
+    if hint is float and type(value) is int:
+        return float(value)
+    if origin is None and type(value) is hint:
+        return value
+    note = ""
+    if hint is float and isinstance(value, str) and _is_number(value):
+        note = f" (YAML reads {value} as text; write {float(value)!r})"
+    raise ConfigError(f"{where}: {key} = {value!r} is {_name(type(value))}; expected {_expected(hint)}{note}")
+
+
+_NAMES = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    type(None): "empty",
+    list: "a list",
+    dict: "a mapping",
+}
+
+
+def _name(kind: type) -> str:
+    return _NAMES.get(kind, kind.__name__)
+
+
+def _expected(hint: Any) -> str:
+    if typing.get_origin(hint) is Literal:
+        return "one of " + ", ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) is tuple:
+        return f"a list, each {_expected(typing.get_args(hint)[0])}"
+    return _name(hint)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple) else value
+
+
+def _merge(base: Any, patch: Any) -> Any:
+    """`base` with the nested mapping `patch` laid over it; unknown keys pass through for `read` to name."""
+    if not (isinstance(base, dict) and isinstance(patch, dict)):
+        return patch
+    return {**base, **{key: _merge(base.get(key), item) for key, item in patch.items()}}
+
+
+def resolve_plan(config: Config, started: int | None = None) -> Plan:
+    """The plan of a job. `started` is how many ranks a launcher (torchrun, Slurm) has already started, if any.
+
+    Raises `PlanError` if the plan needs another number of ranks than asked for or started.
+    """
+    wanted = config.plan
+    sizes = {name: getattr(wanted, name) for name in ("data", "depth", "height", "width")}
+    given = {name: size for name, size in sizes.items() if size is not None}
+    if wanted.file is not None:
+        if given:
+            raise PlanError(f"plan.file = {wanted.file!r} and plan.{next(iter(given))} are both set; keep one of them")
+        plan = Plan.load(wanted.file)
+    elif given:
+        plan = Plan.uniform(**given)
+    else:
+        plan = Plan.uniform(depth=started or config.ranks or 2)
+    for count, what in ((config.ranks, "asked for (--ranks)"), (started, "started by the launcher")):
+        if count is not None and count != plan.ranks:
+            raise PlanError(
+                f"the plan {plan} needs {plan.ranks} rank{'s' * (plan.ranks != 1)}, but {count} "
+                f"{'were' if count != 1 else 'was'} {what}; change --ranks or the sizes under plan"
+            )
+    return plan
