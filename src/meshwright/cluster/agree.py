@@ -30,26 +30,31 @@ def assert_same_on_all_ranks(
         items = {**dict(items.named_parameters()), **dict(items.named_buffers())}
     labels = [_label(name, item) for name, item in items.items()]
     text = "\n".join(labels)
-    heads = _gather([_digest(text.encode()), len(text.encode())], group)
+    heads = gather([_digest(text.encode()), len(text.encode())], group)
     if len(set(heads)) > 1:
         texts = [found.split("\n") for found in _gather_text(text, max(size for _, size in heads), group)]
         position = next(i for i in range(max(map(len, texts)) + 1) if len({_at(found, i) for found in texts}) > 1)
         _raise(what, [_at(found, position) for found in texts])
-    rows = _gather([_digest(_bytes(item)) for item in items.values()], group)
+    rows = gather([_digest(_bytes(item)) for item in items.values()], group)
     for index, label in enumerate(labels):
         column = [row[index] for row in rows]
         if len(set(column)) > 1:
             _raise(what, [f"{label} with digest {value & (2**64 - 1):016x}" for value in column])
 
 
-def any_rank(flag: bool, group: dist.ProcessGroup | None = None) -> bool:
-    """Whether `flag` is set on at least one rank: the same answer on all. Collective; 8 bytes."""
-    return max(row[0] for row in _gather([int(flag)], group)) > 0
+def largest(value: int, group: dist.ProcessGroup | None = None) -> int:
+    """The largest `value` of all ranks, the same answer on each. Collective; 8 bytes."""
+    return max(row[0] for row in gather([value], group))
 
 
 def least(value: int, group: dist.ProcessGroup | None = None) -> int:
-    """The smallest `value` of all ranks. Collective; 8 bytes."""
-    return min(row[0] for row in _gather([value], group))
+    """The smallest `value` of all ranks, the same answer on each. Collective; 8 bytes."""
+    return min(row[0] for row in gather([value], group))
+
+
+def from_rank_0(text: str, group: dist.ProcessGroup | None = None) -> str:
+    """The text that rank 0 gives, on every rank. Collective."""
+    return _gather_text(text, largest(len(text.encode()), group), group)[0]
 
 
 def _raise(what: str, found: Sequence[str]) -> None:
@@ -81,15 +86,15 @@ def _bytes(item: Tensor | str) -> bytes | memoryview:
         return item.encode()
     if item.is_meta:
         return b""
-    return memoryview(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return memoryview(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _digest(data: bytes | memoryview) -> int:
     return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
 
 
-def _gather(values: Sequence[int], group: dist.ProcessGroup | None) -> list[tuple[int, ...]]:
-    """The integers of every rank, in rank order. Every rank must give the same number of them."""
+def gather(values: Sequence[int], group: dist.ProcessGroup | None = None) -> list[tuple[int, ...]]:
+    """The integers of every rank, in rank order. Every rank must give the same number of them. Collective."""
     if not dist.is_available() or not dist.is_initialized():
         return [tuple(values)]
     own = torch.tensor(values, dtype=torch.int64, device=_device(group))
@@ -101,7 +106,7 @@ def _gather(values: Sequence[int], group: dist.ProcessGroup | None) -> list[tupl
 
 def _gather_text(text: str, longest: int, group: dist.ProcessGroup | None) -> list[str]:
     padded = text.encode().ljust(longest, b"\0")
-    return [bytes(row).rstrip(b"\0").decode() for row in _gather(list(padded), group)]
+    return [bytes(row).rstrip(b"\0").decode() for row in gather(list(padded), group)]
 
 
 def _device(group: dist.ProcessGroup | None) -> torch.device:
