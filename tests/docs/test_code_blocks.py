@@ -10,6 +10,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shlex
 import subprocess
@@ -44,14 +45,14 @@ def run(command: list[str], cwd: Path, where: str) -> None:
 
 
 def commands(block: Block) -> list[str]:
-    """The lines of a bash block: comments dropped, continued lines joined."""
+    """The lines of a bash block that are not empty or a comment; continued lines are joined."""
     lines = block.text.replace("\\\n", " ").splitlines()
-    return [line for line in (" ".join(shlex.split(line, comments=True)) for line in lines) if line]
+    return [line.strip() for line in lines if shlex.split(line, comments=True)]
 
 
 def check_unrun(command: str, where: str) -> None:
     """A command that runs elsewhere: its program is there, and what follows `train` is a job that can be read."""
-    program, *arguments = shlex.split(command)
+    program, *arguments = shlex.split(command, comments=True)
     if program == "python":
         assert (ROOT / arguments[0]).is_file(), f"{where}: {arguments[0]} does not exist"
         return
@@ -60,7 +61,7 @@ def check_unrun(command: str, where: str) -> None:
     assert subprocess.run(["bash", "-n", str(path)], timeout=10).returncode == 0
     if program == "./scripts/train":
         run(["meshwright", "train", *arguments, "--help"], ROOT, where)
-        settings = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
+        settings = [value for flag, value in itertools.pairwise(arguments) if flag == "--set"]
         config.load(settings=settings)
 
 
