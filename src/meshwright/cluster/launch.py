@@ -13,10 +13,15 @@ from multiprocessing.context import ForkServerContext, SpawnContext
 from multiprocessing.process import BaseProcess
 from typing import Any
 
+import torch
+import torch.distributed as dist
+
+from meshwright.cluster.cluster import Cluster
 from meshwright.cluster.failure import Ending, rank_error
-from meshwright.cluster.limits import RENDEZVOUS_TIMEOUT_S, exchange_timeout_s
+from meshwright.cluster.limits import exchange_timeout_s
 from meshwright.cluster.message import LEAVE, WHERE, Failed, Position, Returned, Started, pack, unpack
-from meshwright.cluster.process_group import store_server
+from meshwright.cluster.place import LOOPBACK
+from meshwright.cluster.process_group import ensure_process_group, join_cluster, meeting_s, store_server
 from meshwright.cluster.worker import InheritedFd, Job, main
 from meshwright.errors import PlanError
 
@@ -50,8 +55,13 @@ def launch(
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise PlanError(f"launch(ranks={ranks!r}): the number of ranks is a whole number of at least 1")
     limit_s = exchange_timeout_s(timeout_s)
+    cluster = Cluster.detect()
+    if cluster.launcher != "local" or (dist.is_initialized() and dist.get_world_size() > 1):
+        if threads is not None:
+            torch.set_num_threads(threads)
+        return [_run_here(fn, ranks, args, cluster, limit_s)]
     payload = _packed(fn, tuple(args))
-    store, port = store_server("127.0.0.1", 0, max(limit_s, RENDEZVOUS_TIMEOUT_S))
+    store, port = store_server(LOOPBACK, 0, meeting_s(limit_s))
     job = Job(payload, ranks, port, threads or _threads_per_rank(ranks), limit_s, dict(os.environ))
     family = _Family(job)
     try:
@@ -60,6 +70,14 @@ def launch(
     finally:
         family.end()
         del store  # the ranks are gone: only now may the server go
+
+
+def _run_here(fn: Callable[..., Any], ranks: int, args: Sequence[Any], cluster: Cluster, timeout_s: float) -> Any:
+    """This process already is a rank."""
+    if not dist.is_initialized() and cluster.ranks == ranks:
+        join_cluster(cluster, timeout_s)
+    ensure_process_group(ranks)
+    return fn(*args)
 
 
 def _packed(fn: Callable[..., Any], args: tuple[Any, ...]) -> bytes:

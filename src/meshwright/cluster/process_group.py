@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import socket
 import sys
@@ -12,9 +13,12 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from meshwright.cluster.limits import RENDEZVOUS_TIMEOUT_S
+from meshwright.cluster.cluster import Cluster
+from meshwright.cluster.limits import RENDEZVOUS_TIMEOUT_S, exchange_timeout_s
+from meshwright.errors import PlanError
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_HOW = "start as many ranks as the plan needs: mw.launch(fn, ranks=…), torchrun --nproc-per-node=…, srun or mpirun"
 
 
 def store_server(address: str, port: int, timeout_s: float) -> tuple[dist.TCPStore, int]:
@@ -45,47 +49,108 @@ def backend_for(local_ranks: int) -> str:
     return "gloo"
 
 
-def join(
-    rank: int,
-    ranks: int,
-    address: str,
-    port: int,
-    *,
-    local_rank: int,
-    timeout_s: float,
-    local_ranks: int | None = None,
-    host_store: bool = False,
-) -> None:
+def store_client(address: str, port: int, timeout_s: float) -> dist.TCPStore:
+    """Connect to the store that another process hosts."""
+    return dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=meeting_s(timeout_s)))
+
+
+def meeting_s(timeout_s: float) -> float:
+    """The limit of the first meeting, when the limit of an exchange is `timeout_s`."""
+    return max(timeout_s, RENDEZVOUS_TIMEOUT_S)
+
+
+def join(store: dist.Store, rank: int, ranks: int, *, local_rank: int, local_ranks: int, timeout_s: float) -> None:
     """Meet the other ranks at the store and make the default process group; `timeout_s` limits each exchange.
 
-    With `host_store` rank 0 hosts the store itself. Raises torch's own error when a rank does not come.
+    Raises torch's `DistStoreError` when a rank does not come to the meeting.
     """
-    meeting_s = max(timeout_s, RENDEZVOUS_TIMEOUT_S)
-    store: dist.Store
-    if host_store and rank == 0:
-        store, _ = store_server(address, port, meeting_s)
-    else:
-        store = dist.TCPStore(address, port, is_master=False, timeout=timedelta(seconds=meeting_s))
     store.set(f"meshwright/here/{rank}", "1")
-    store.wait([f"meshwright/here/{other}" for other in range(ranks)], timedelta(seconds=meeting_s))
-    store.set_timeout(timedelta(seconds=timeout_s))
-    backend = backend_for(local_ranks or ranks)
+    others = [f"meshwright/here/{other}" for other in range(ranks)]
+    store.wait(others, timedelta(seconds=meeting_s(timeout_s)))
+    limit = timedelta(seconds=timeout_s)
+    store.set_timeout(limit)
+    backend = backend_for(local_ranks)
     if "nccl" in backend:
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=timedelta(seconds=timeout_s))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
+
+
+def join_cluster(cluster: Cluster, timeout_s: float) -> None:
+    """The process group of a job that torchrun, Slurm or OpenMPI started; closed when this process exits.
+
+    Ranks of one host use loopback only. Raises `PlanError` when nobody has said where the ranks meet.
+    """
+    if cluster.master_address is None:
+        raise PlanError(
+            f"{cluster.launcher} started {cluster.ranks} ranks on {cluster.hosts} hosts but not where they meet: "
+            "set MASTER_ADDR to the host of rank 0 (and MASTER_PORT to a free port there) on every rank"
+        )
+    hosts_store = cluster.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = _cluster_store(cluster, cluster.master_address, timeout_s, hosts_store)
+    with _gloo_on_loopback(cluster.is_one_host):
+        join(
+            store,
+            cluster.rank,
+            cluster.ranks,
+            local_rank=cluster.local_rank,
+            local_ranks=cluster.local_ranks,
+            timeout_s=timeout_s,
+        )
+    atexit.register(leave)
+
+
+def _cluster_store(cluster: Cluster, address: str, timeout_s: float, hosts_store: bool) -> dist.TCPStore:
+    if not hosts_store:
+        return store_client(address, cluster.master_port, timeout_s)
+    if cluster.is_one_host:
+        store, _ = store_server(address, cluster.master_port, meeting_s(timeout_s))
+        return store
+    limit = timedelta(seconds=meeting_s(timeout_s))
+    return dist.TCPStore(address, cluster.master_port, is_master=True, wait_for_workers=False, timeout=limit)
 
 
 def join_alone(timeout_s: float) -> None:
     """A process group of this process only: no store server, and gloo bound to loopback."""
-    with _gloo_on_loopback():
-        dist.init_process_group(
-            backend_for(1), store=dist.HashStore(), rank=0, world_size=1, timeout=timedelta(seconds=timeout_s)
-        )
+    with _gloo_on_loopback(True):
+        store, limit = dist.HashStore(), timedelta(seconds=timeout_s)
+        dist.init_process_group(backend_for(1), store=store, rank=0, world_size=1, timeout=limit)
+    atexit.register(leave)
+
+
+def ensure_process_group(ranks: int) -> None:
+    """Make sure this process is in a process group of `ranks` ranks; one rank needs nobody else.
+
+    Raises `PlanError` when the group or the job has another size, or when this process has no rank at all.
+    """
+    if dist.is_initialized():
+        found = dist.get_world_size()
+        if found != ranks:
+            raise PlanError(f"the plan needs {ranks} ranks, but the process group has {found}; {_HOW}")
+        return
+    cluster = Cluster.detect()
+    if cluster.launcher != "local" and cluster.ranks == ranks:
+        join_cluster(cluster, exchange_timeout_s())
+    elif cluster.launcher == "local" and ranks == 1:
+        join_alone(exchange_timeout_s())
+    elif cluster.launcher == "local":
+        raise PlanError(f"the plan needs {ranks} ranks, but this is a single process; {_HOW}")
+    else:
+        raise PlanError(f"the plan needs {ranks} ranks, but {cluster.launcher} started {cluster.ranks}; {_HOW}")
+
+
+def set_time_limit(group: dist.ProcessGroup, timeout_s: float | None = None) -> None:
+    """Limit each exchange in `group`: torch gives a group made later 30 minutes, whatever the default group has."""
+    kinds = {device.type for device in group._device_types}
+    for kind in kinds & {"cpu", "cuda"}:
+        group._get_backend(torch.device(kind))._set_default_timeout(timedelta(seconds=exchange_timeout_s(timeout_s)))
 
 
 @contextmanager
-def _gloo_on_loopback() -> Iterator[None]:
-    """gloo reads its interface from the environment when a group is made; a lone rank needs no other."""
+def _gloo_on_loopback(wanted: bool) -> Iterator[None]:
+    """gloo reads its interface from the environment when a group is made; ranks of one host need no other."""
+    if not wanted:
+        yield
+        return
     before = os.environ.get("GLOO_SOCKET_IFNAME")
     os.environ["GLOO_SOCKET_IFNAME"] = _LOOPBACK
     try:
@@ -98,5 +163,6 @@ def _gloo_on_loopback() -> Iterator[None]:
 
 
 def leave() -> None:
-    """Close every process group of this process."""
-    dist.destroy_process_group()
+    """Close every process group of this process, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 from meshwright.cluster.message import (
     LEAVE,
@@ -31,7 +30,8 @@ from meshwright.cluster.message import (
     pack,
     unpack,
 )
-from meshwright.cluster.process_group import join, leave
+from meshwright.cluster.place import LOOPBACK
+from meshwright.cluster.process_group import join, leave, store_client
 
 _PR_SET_PDEATHSIG = 1
 
@@ -70,10 +70,11 @@ def environment_of(rank: int, job: Job) -> dict[str, str]:
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(job.ranks),
         "LOCAL_WORLD_SIZE": str(job.ranks),
-        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_ADDR": LOOPBACK,
         "MASTER_PORT": str(job.port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",  # the parent hosts the store: env:// must connect, not listen
         "MESHWRIGHT_LAUNCHED": "1",
+        "MESHWRIGHT_TIMEOUT_S": repr(job.timeout_s),  # for the groups that the function makes (`set_time_limit`)
         "GLOO_SOCKET_IFNAME": loopback,
         "NCCL_SOCKET_IFNAME": loopback,
     }
@@ -131,7 +132,8 @@ def _own_frames(error: BaseException) -> BaseException:
 def _run(rank: int, job: Job) -> Returned | Failed:
     try:
         fn, args = unpack(job.payload)
-        join(rank, job.ranks, "127.0.0.1", job.port, local_rank=rank, timeout_s=job.timeout_s)
+        store = store_client(LOOPBACK, job.port, job.timeout_s)
+        join(store, rank, job.ranks, local_rank=rank, local_ranks=job.ranks, timeout_s=job.timeout_s)
         result = fn(*args)
     except SystemExit as error:
         return _failure(_own_frames(error), f"sys.exit({error.code!r}) before the function returned")
@@ -163,5 +165,4 @@ def main(rank: int, job: Job, pipe: Connection, output: tuple[InheritedFd, Inher
     link.send(outcome)
     # A rank that closed its sockets now could cut off one that is still reading; a failed one is ended by the parent.
     link.leave.wait()
-    if dist.is_initialized():
-        leave()
+    leave()
