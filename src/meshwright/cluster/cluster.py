@@ -35,11 +35,6 @@ class Cluster(Place):
         kind, count = ("cuda", len(names)) if names else ("cpu", 1)
         return cls(**asdict(place), device_type=kind, device_count=count, device_names=names or ("cpu",))
 
-    @property
-    def is_one_host(self) -> bool:
-        """Whether all ranks are on this host, so that every socket can stay on loopback."""
-        return self.local_ranks == self.ranks
-
     def __str__(self) -> str:
         devices = f"{self.device_count} × {self.device_names[0]}"
         return f"{self.launcher}: rank {self.rank} of {self.ranks} on {self.hosts} host(s), {devices} here"

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from meshwright.cluster.cluster import Cluster
 from meshwright.cluster.failure import Ending, rank_error
 from meshwright.cluster.limits import exchange_timeout_s
+from meshwright.cluster.machine import usable_cores
 from meshwright.cluster.message import LEAVE, WHERE, Failed, Position, Returned, Started, pack, unpack
-from meshwright.cluster.place import LOOPBACK
+from meshwright.cluster.place import LOOPBACK, Place, find_place
 from meshwright.cluster.process_group import ensure_process_group, join_cluster, meeting_s, store_server
 from meshwright.cluster.worker import InheritedFd, Job, main
 from meshwright.errors import PlanError
@@ -55,11 +55,11 @@ def launch(
     if not isinstance(ranks, int) or isinstance(ranks, bool) or ranks < 1:
         raise PlanError(f"launch(ranks={ranks!r}): the number of ranks is a whole number of at least 1")
     limit_s = exchange_timeout_s(timeout_s)
-    cluster = Cluster.detect()
-    if cluster.launcher != "local" or (dist.is_initialized() and dist.get_world_size() > 1):
+    place = find_place(os.environ)
+    if place.launcher != "local" or (dist.is_initialized() and dist.get_world_size() > 1):
         if threads is not None:
             torch.set_num_threads(threads)
-        return [_run_here(fn, ranks, args, cluster, limit_s)]
+        return [_run_here(fn, ranks, args, place, limit_s)]
     payload = _packed(fn, tuple(args))
     store, port = store_server(LOOPBACK, 0, meeting_s(limit_s))
     job = Job(payload, ranks, port, threads or _threads_per_rank(ranks), limit_s, dict(os.environ))
@@ -72,10 +72,10 @@ def launch(
         del store  # the ranks are gone: only now may the server go
 
 
-def _run_here(fn: Callable[..., Any], ranks: int, args: Sequence[Any], cluster: Cluster, timeout_s: float) -> Any:
+def _run_here(fn: Callable[..., Any], ranks: int, args: Sequence[Any], place: Place, timeout_s: float) -> Any:
     """This process already is a rank."""
-    if not dist.is_initialized() and cluster.ranks == ranks:
-        join_cluster(cluster, timeout_s)
+    if not dist.is_initialized() and place.ranks == ranks:
+        join_cluster(place, timeout_s)
     ensure_process_group(ranks)
     return fn(*args)
 
@@ -101,8 +101,7 @@ def _threads_per_rank(ranks: int) -> int:
     text = os.environ.get("OMP_NUM_THREADS", "")
     if text.isdigit() and int(text) > 0:
         return int(text)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // ranks)
+    return max(1, usable_cores() // ranks)
 
 
 def _context() -> ForkServerContext | SpawnContext:

@@ -74,10 +74,10 @@ def unpack(payload: bytes) -> Any:
 
 
 def is_network(error: BaseException) -> bool:
-    """Whether `error` only reports that another rank is gone or silent."""
-    return isinstance(error, _NETWORK_TYPES) or (
-        isinstance(error, RuntimeError) and _NETWORK_TEXT.search(str(error)) is not None
-    )
+    """Whether `error`, or the error it was raised from, only reports that another rank is gone or silent."""
+    if isinstance(error, _NETWORK_TYPES) or (isinstance(error, RuntimeError) and _NETWORK_TEXT.search(str(error))):
+        return True
+    return error.__cause__ is not None and is_network(error.__cause__)
 
 
 def headline(error: BaseException) -> str:

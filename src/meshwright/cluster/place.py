@@ -27,6 +27,11 @@ class Place:
     master_address: str | None
     master_port: int
 
+    @property
+    def is_one_host(self) -> bool:
+        """Whether all ranks are on this host, so that every socket can stay on loopback."""
+        return self.local_ranks == self.ranks
+
 
 def find_place(env: Mapping[str, str]) -> Place:
     """The first of: torchrun's variables, Slurm's (more than one task), OpenMPI's; else one local process.

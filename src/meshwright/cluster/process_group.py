@@ -13,8 +13,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from meshwright.cluster.cluster import Cluster
 from meshwright.cluster.limits import RENDEZVOUS_TIMEOUT_S, exchange_timeout_s
+from meshwright.cluster.place import Place, find_place
 from meshwright.errors import PlanError
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
@@ -75,38 +75,38 @@ def join(store: dist.Store, rank: int, ranks: int, *, local_rank: int, local_ran
     dist.init_process_group(backend, store=store, rank=rank, world_size=ranks, timeout=limit)
 
 
-def join_cluster(cluster: Cluster, timeout_s: float) -> None:
+def join_cluster(place: Place, timeout_s: float) -> None:
     """The process group of a job that torchrun, Slurm or OpenMPI started; closed when this process exits.
 
     Ranks of one host use loopback only. Raises `PlanError` when nobody has said where the ranks meet.
     """
-    if cluster.master_address is None:
+    if place.master_address is None:
         raise PlanError(
-            f"{cluster.launcher} started {cluster.ranks} ranks on {cluster.hosts} hosts but not where they meet: "
+            f"{place.launcher} started {place.ranks} ranks on {place.hosts} hosts but not where they meet: "
             "set MASTER_ADDR to the host of rank 0 (and MASTER_PORT to a free port there) on every rank"
         )
-    hosts_store = cluster.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = _cluster_store(cluster, cluster.master_address, timeout_s, hosts_store)
-    with _gloo_on_loopback(cluster.is_one_host):
+    hosts_store = place.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    store = _cluster_store(place, place.master_address, timeout_s, hosts_store)
+    with _gloo_on_loopback(place.is_one_host):
         join(
             store,
-            cluster.rank,
-            cluster.ranks,
-            local_rank=cluster.local_rank,
-            local_ranks=cluster.local_ranks,
+            place.rank,
+            place.ranks,
+            local_rank=place.local_rank,
+            local_ranks=place.local_ranks,
             timeout_s=timeout_s,
         )
     atexit.register(leave)
 
 
-def _cluster_store(cluster: Cluster, address: str, timeout_s: float, hosts_store: bool) -> dist.TCPStore:
+def _cluster_store(place: Place, address: str, timeout_s: float, hosts_store: bool) -> dist.TCPStore:
     if not hosts_store:
-        return store_client(address, cluster.master_port, timeout_s)
-    if cluster.is_one_host:
-        store, _ = store_server(address, cluster.master_port, meeting_s(timeout_s))
+        return store_client(address, place.master_port, timeout_s)
+    if place.is_one_host:
+        store, _ = store_server(address, place.master_port, meeting_s(timeout_s))
         return store
     limit = timedelta(seconds=meeting_s(timeout_s))
-    return dist.TCPStore(address, cluster.master_port, is_master=True, wait_for_workers=False, timeout=limit)
+    return dist.TCPStore(address, place.master_port, is_master=True, wait_for_workers=False, timeout=limit)
 
 
 def join_alone(timeout_s: float) -> None:
@@ -127,15 +127,15 @@ def ensure_process_group(ranks: int) -> None:
         if found != ranks:
             raise PlanError(f"the plan needs {ranks} ranks, but the process group has {found}; {_HOW}")
         return
-    cluster = Cluster.detect()
-    if cluster.launcher != "local" and cluster.ranks == ranks:
-        join_cluster(cluster, exchange_timeout_s())
-    elif cluster.launcher == "local" and ranks == 1:
+    place = find_place(os.environ)
+    if place.launcher != "local" and place.ranks == ranks:
+        join_cluster(place, exchange_timeout_s())
+    elif place.launcher == "local" and ranks == 1:
         join_alone(exchange_timeout_s())
-    elif cluster.launcher == "local":
+    elif place.launcher == "local":
         raise PlanError(f"the plan needs {ranks} ranks, but this is a single process; {_HOW}")
     else:
-        raise PlanError(f"the plan needs {ranks} ranks, but {cluster.launcher} started {cluster.ranks}; {_HOW}")
+        raise PlanError(f"the plan needs {ranks} ranks, but {place.launcher} started {place.ranks}; {_HOW}")
 
 
 def set_time_limit(group: dist.ProcessGroup, timeout_s: float | None = None) -> None:
