@@ -22,12 +22,15 @@ def module_constants() -> dict[str, str]:
     for path in sorted(SOURCE.rglob("*.py")):
         module = ".".join(path.relative_to(SOURCE).with_suffix("").parts)
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            target = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            value = getattr(node, "value", None)
-            if not isinstance(target, ast.Name) or value is None or not re.fullmatch(r"_?[A-Z][A-Z0-9_]+", target.id):
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
                 continue
-            if not target.id.startswith("_") or is_number(value):
-                found[f"{module}.{target.id}"] = ast.unparse(value)
+            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
+            if not isinstance(target, ast.Name) or not re.fullmatch(r"_?[A-Z][A-Z0-9_]+", target.id):
+                continue
+            text = ast.unparse(node.value)
+            registry = text in ("{}", "[]", "set()")  # filled elsewhere: no value to give a reason for
+            if is_number(node.value) or not (registry or target.id.startswith("_")):
+                found[f"{module}.{target.id}"] = text
     return found
 
 
