@@ -17,7 +17,7 @@ import numpy as np
 from meshwright.data.nifti import Array, Volume, truncated
 from meshwright.errors import DataError
 
-_SKIP_BYTES = 1 << 20  # decoded and dropped at a time
+_SKIP_BYTES = 1 << 16  # decoded and dropped at a time
 
 
 class Planes:
