@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560.0, 54.0, 10.0, 12.0, 44.0
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560.0, 60.0, 10.0, 12.0, 44.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class Frame:
             f'<line class="axis" x1="{LEFT:g}" x2="{WIDTH - RIGHT:g}" y1="{self.bottom:g}" y2="{self.bottom:g}"/>'
             f'<text class="name" x="{WIDTH - RIGHT:g}" y="{self.height - 6:g}" text-anchor="end">'
             f"{escape(x_label)}</text>"
-            f'<text class="name" transform="translate(13 {middle:g}) rotate(-90)" text-anchor="middle">'
+            f'<text class="name" transform="translate(11 {middle:g}) rotate(-90)" text-anchor="middle">'
             f"{escape(y_label)}</text>"
         )
         return "".join(parts)
@@ -67,7 +67,11 @@ def ticks(lo: float, hi: float, count: int, *, whole: bool = False) -> Iterator[
         decimals += 1
     for index in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1):
         value = index * step
-        yield value, f"{value:,.{decimals}f}" if abs(step) >= 1e-4 else f"{value:.1e}"
+        if step >= 1e-4:
+            yield value, f"{value:,.{decimals}f}"
+        else:  # as many digits as tell neighbours apart
+            digits = math.floor(math.log10(max(abs(value), step))) - math.floor(math.log10(step) + 1e-9) + 1
+            yield value, f"{value:.{digits}e}" if index else "0"
 
 
 def _round_step(rough: float) -> float:

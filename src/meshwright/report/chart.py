@@ -10,9 +10,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
-from statistics import fmean, median
+from statistics import fmean
 
 from meshwright.report.axes import BOTTOM, LEFT, RIGHT, TOP, WIDTH, Frame, padded
+from meshwright.report.timing import percentile
 
 _MOST_POINTS = 800  # more than the pixels of a curve
 _MOST_BARS = 200
@@ -62,10 +63,12 @@ def curves(
     return _figure(label, frame, frame.draw("step", y_label) + drawn, shown, "")
 
 
-def stacked(label: str, steps: Sequence[int], parts: Sequence[Series], *, y_label: str, unit: str) -> str:
+def stacked(
+    label: str, steps: Sequence[int], parts: Sequence[Series], *, y_label: str, unit: str, height: float = 280.0
+) -> str:
     """One bar per step (or per few steps, averaged), the parts on top of one another in their order.
 
-    A rare tall bar, such as the first step, is cut at the frame, which fits three times the median bar.
+    A rare tall bar, such as the first step, is cut at the frame, which fits all but the tallest twentieth.
     """
     if not steps:
         return '<p class="none">No step was logged yet.</p>'
@@ -75,9 +78,9 @@ def stacked(label: str, steps: Sequence[int], parts: Sequence[Series], *, y_labe
         Series(p.name, p.colour, x, [_mean(p.y[i : i + group]) for i in range(0, len(steps), group)]) for p in parts
     ]
     sums = [sum(column) for column in zip(*(part.y for part in binned), strict=True)]
-    top = min(max(sums) * 1.05, 3 * median(sums)) or 1.0
+    top = min(1.05 * max(sums), 1.25 * percentile(sums, 0.95)) or 1.0
     width = x[1] - x[0] if len(x) > 1 else 1.0
-    frame = Frame((x[0] - width / 2, x[-1] + width / 2), (0.0, top), 280.0)
+    frame = Frame((x[0] - width / 2, x[-1] + width / 2), (0.0, top), height)
     gap = 0.2 if len(x) <= 60 else 0.0
     floor = [0.0] * len(x)
     drawn = []

@@ -8,11 +8,9 @@ from statistics import median
 from meshwright.report.chart import Series, legend, stacked
 from meshwright.report.run import Run
 from meshwright.report.sections import panel, section
-from meshwright.report.tables import Cell, Column, Html, bar, table
+from meshwright.report.tables import Cell, Column, Html, bar, folded, table
 from meshwright.report.timing import breakdown, percentile
 from meshwright.report.units import byte_unit, bytes_text, percent_text, ratio_text, seconds_text
-
-_MOST_LAYERS = 24  # the rest goes into a fold
 
 
 def time_per_step(run: Run) -> str:
@@ -72,7 +70,7 @@ def traffic(run: Run) -> str:
     rows.append(
         ["messages", f"{median(s.messages for s in run.steps):,.0f}", f"{sum(s.messages for s in run.steps):,}"]
     )
-    chart = stacked("Bytes sent in every step", steps, parts, y_label=f"{unit} per step", unit=unit)
+    chart = stacked("Bytes sent in every step", steps, parts, y_label=f"{unit} per step", unit=unit, height=200.0)
     return section(
         "bytes",
         "Bytes per step",
@@ -88,7 +86,7 @@ def memory(run: Run) -> str:
     """Per rank: peak and state, then the data kept and read beside the ideal."""
     if not run.ranks:
         return section("memory", "Memory and reading", '<p class="none">The run has not written its memory yet.</p>')
-    peak = max(record.peak_bytes for record in run.ranks)
+    largest, peak = max(((r.rank, r.peak_bytes) for r in run.ranks), key=lambda entry: entry[1])
     kept = max(max(record.part_bytes, record.ideal_bytes) for record in run.ranks)
     read = max(max(record.read_bytes, record.ideal_read_bytes) for record in run.ranks)
     memory_rows: list[list[Cell]] = []
@@ -118,13 +116,13 @@ def memory(run: Run) -> str:
     return section(
         "memory",
         "Memory and reading",
-        "<p>State is what is resident once the model is built; above it lie activations, gradients and the optimiser. "
+        f"<p>The largest peak is {bytes_text(peak)}, of rank {largest}. "
+        "State is what is resident once the model is built; above it lie activations, gradients and the optimiser. "
         "The ideal rank keeps and reads exactly its own part of image and labels.</p>",
         legend([("state", "state", "box"), ("above state", "peak", "box")]),
-        table("Peak memory per rank", columns, memory_rows),
-        "<p></p>",
+        folded("Peak memory per rank", columns, memory_rows),
         legend([("measured", "data", "box"), ("ideal", "other", "tick")]),
-        table("Data per rank beside the ideal", data, data_rows),
+        folded("Data per rank beside the ideal", data, data_rows),
     )
 
 
@@ -154,8 +152,5 @@ def layers(run: Run) -> str:
         if gathered
         else "Every operation had an exact local rule: nothing was gathered."
     )
-    body = [f"<p>{verdict}</p>", table("Bytes sent per layer, largest first", columns, cells[:_MOST_LAYERS], marked)]
-    if len(cells) > _MOST_LAYERS:
-        rest = table("The others", columns, cells[_MOST_LAYERS:], marked[_MOST_LAYERS:])
-        body.append(f"<details><summary>{len(cells) - _MOST_LAYERS} more</summary>{rest}</details>")
-    return section("layers", "Layers", *body)
+    shown = folded("Bytes sent per layer, largest first", columns, cells, marked)
+    return section("layers", "Layers", f"<p>{verdict}</p>", shown)

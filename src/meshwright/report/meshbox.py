@@ -59,7 +59,7 @@ def mesh_box(records: Sequence[RankRecord]) -> str:
     parts = "; ".join(f"rank {_label(ranks)}" for ranks in owners.values())
     label = f"The volume of {' × '.join(map(str, shape))} voxels (D × H × W), cut into {len(owners)} parts: {parts}"
     return (
-        f'<svg class="box" viewBox="{left:.0f} {top:.0f} {right - left:.0f} {bottom - top:.0f}" role="img" '
+        f'<svg class="mesh" viewBox="{left:.0f} {top:.0f} {right - left:.0f} {bottom - top:.0f}" role="img" '
         f'aria-label="{escape(label)}">{"".join(drawn)}{_edge_names(shape, edges)}</svg>'
     )
 

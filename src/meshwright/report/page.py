@@ -18,12 +18,12 @@ from meshwright.report.headline import headline, title
 from meshwright.report.meshbox import mesh_box
 from meshwright.report.run import Run, load_run
 from meshwright.report.sections import held_out, learning, section
-from meshwright.report.tables import Cell, Column, facts, table
+from meshwright.report.tables import Cell, Column, facts, folded
 from meshwright.report.units import bytes_text
 
 _PARTS = (
-    ("learning", "Learning"),
     ("slices", "Held-out part"),
+    ("learning", "Learning"),
     ("time", "Time"),
     ("bytes", "Bytes"),
     ("memory", "Memory and reading"),
@@ -57,7 +57,7 @@ def page(run: Run) -> str:
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     policy = f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     links = "".join(f'<a href="#{name}">{text}</a>' for name, text in _PARTS)
-    body = (learning, held_out, time_per_step, traffic, memory, layers, _plan, _machine, _config)
+    body = (held_out, learning, time_per_step, traffic, memory, layers, _plan, _machine, _config)
     return (
         f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{escape(title(run))} · Meshwright</title>'
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
@@ -75,7 +75,7 @@ def _plan(run: Run) -> str:
         for record in run.ranks
     ]
     columns = [Column("Rank", "text"), Column("D"), Column("H"), Column("W"), Column("Voxels")]
-    owned = table("Which part of the training volume a rank owns", columns, rows) if rows else ""
+    owned = folded("Which part of the training volume a rank owns", columns, rows) if rows else ""
     return section(
         "plan",
         "Plan",

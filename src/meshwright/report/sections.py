@@ -70,6 +70,6 @@ def held_out(run: Run) -> str:
     mm = " × ".join(f"{step:g}" for step in run.slices.spacing_mm)
     size = " × ".join(map(str, run.slices.shape))
     cuts = "Dashed: where the volume is cut between ranks." if run.plan.ranks > 1 else "One rank held the whole volume."
-    text = f"Middle planes of {size} voxels (D × H × W) of {mm} mm that no training step has seen. {cuts}"
+    text = f"Planes through {size} voxels (D × H × W) of {mm} mm that no training step has seen. {cuts}"
     keys = legend([*entries, ("wrong class", "error", "box")])
     return section("slices", "The held-out part", f"<p>{escape(text)}</p>", keys, gallery(run.slices, run.plan))

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from html import escape
 
+MOST_ROWS = 24
+
 
 @dataclass(frozen=True)
 class Html:
@@ -37,6 +39,15 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]
         f'<div class="scroll"><table><caption>{escape(caption)}</caption><thead><tr>{head}</tr></thead>'
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
+
+
+def folded(caption: str, columns: Sequence[Column], rows: Sequence[Sequence[Cell]], marked: Sequence[bool] = ()) -> str:
+    """`table`, the rows after the first `MOST_ROWS` folded away."""
+    shown = table(caption, columns, rows[:MOST_ROWS], marked[:MOST_ROWS])
+    if len(rows) <= MOST_ROWS:
+        return shown
+    rest = table(f"{caption} (continued)", columns, rows[MOST_ROWS:], marked[MOST_ROWS:])
+    return f"{shown}<details><summary>{len(rows) - MOST_ROWS:,} more</summary>{rest}</details>"
 
 
 def bar(parts: Sequence[tuple[float, str]], whole: float, tick: float | None = None) -> Html:

@@ -32,15 +32,14 @@ class Region:
     columns: tuple[int, int]
 
 
-def regions(plan: Plan, shape: tuple[int, int, int], across: int) -> tuple[Region, ...]:
-    """Who holds what of the middle plane across dim `across` (0 depth, 1 height, 2 width) of a volume of `shape`."""
-    middle = shape[across] // 2
+def regions(plan: Plan, shape: tuple[int, int, int], across: int, at: int) -> tuple[Region, ...]:
+    """Who holds what of plane `at` across dim `across` (0 depth, 1 height, 2 width) of a volume of `shape`."""
     row_dim, column_dim = (dim for dim in range(3) if dim != across)
     found = []
     for rank in range(plan.ranks):
         spans = [(span.start, span.stop) for span in interval(shape, plan, rank, layout="DHW")]
         whole = all(hi > lo for lo, hi in spans)
-        if whole and spans[across][0] <= middle < spans[across][1]:
+        if whole and spans[across][0] <= at < spans[across][1]:
             found.append(((spans[row_dim], spans[column_dim]), rank))
     parts = groupby(sorted(found), key=lambda entry: entry[0])  # ranks of several samples hold the same part
     return tuple(Region(tuple(rank for _, rank in group), rows, columns) for (rows, columns), group in parts)
@@ -79,9 +78,9 @@ def gallery(slices: Slices, plan: Plan) -> str:
 
 def _direction(slices: Slices, plan: Plan, across: int, share: float) -> str:
     plane = slices.planes[across]
-    parts = regions(plan, slices.shape, across)
+    parts = regions(plan, slices.shape, across, slices.at[across])
     row_axis, column_axis = (axis for at, axis in enumerate(_AXES) if at != across)
-    place = f"plane {slices.shape[across] // 2 + 1} of {slices.shape[across]}"
+    place = f"plane {slices.at[across] + 1} of {slices.shape[across]}"
     title = f"Across {_ACROSS[across]}, {place}; {row_axis} upwards, {column_axis} to the right"
     wrong = int((plane.truth != plane.prediction).sum())
     pictures = [
@@ -94,9 +93,14 @@ def _direction(slices: Slices, plan: Plan, across: int, share: float) -> str:
     ratio = size_mm[2 if across != 2 else 1] / size_mm[0 if across != 0 else 1]
     row_dim, column_dim = (dim for dim in range(3) if dim != across)
     counts = slices.shape[row_dim], slices.shape[column_dim]
+    worded = share / len({part.columns for part in parts}) >= 0.35  # else there is room for numbers only
     cells = []
     for index, (name, picture) in enumerate(pictures):
-        overlay = _overlay(parts, counts, labelled=index == 0) if plan.ranks > 1 else ""
+        overlay = (
+            _overlay(parts, counts, [_names(part.ranks, worded) for part in parts] if index == 0 else [])
+            if plan.ranks > 1
+            else ""
+        )
         alt = f"{name}, {title}{_owners(parts) if plan.ranks > 1 else ''}"
         cells.append(
             f'<figure class="plane" style="--share:{share:.4f}"><div class="picture" style="aspect-ratio:{ratio:.4f}">'
@@ -106,17 +110,17 @@ def _direction(slices: Slices, plan: Plan, across: int, share: float) -> str:
     return f'<div class="direction"><h3>{escape(title)}</h3><div class="planes">{"".join(cells)}</div></div>'
 
 
-def _overlay(parts: Sequence[Region], counts: tuple[int, int], *, labelled: bool) -> str:
-    """Lines on the cuts inside the picture (its first row is the array's last), a label in each part."""
+def _overlay(parts: Sequence[Region], counts: tuple[int, int], labels: Sequence[str]) -> str:
+    """Lines on the cuts inside the picture (its first row is the array's last), and `labels` in the parts, if any."""
     rows, columns = counts
     lines = [f'<i class="cut across" style="top:{100 * (1 - at / rows):.3f}%"></i>' for at in _inner(parts, rows, 0)]
     lines += [f'<i class="cut along" style="left:{100 * at / columns:.3f}%"></i>' for at in _inner(parts, columns, 1)]
-    if labelled:
-        lines += [
-            f'<b class="owner" style="top:{100 * (1 - part.rows[1] / rows):.3f}%;'
-            f'left:{100 * part.columns[0] / columns:.3f}%">{_names(part.ranks)}</b>'
-            for part in parts
-        ]
+    for part, label in zip(parts, labels, strict=False):
+        top, left = 100 * (1 - part.rows[1] / rows), 100 * part.columns[0] / columns
+        width = 100 * (part.columns[1] - part.columns[0]) / columns
+        lines.append(
+            f'<b class="owner" style="top:{top:.3f}%;left:{left:.3f}%;max-width:calc({width:.3f}% - 8px)">{label}</b>'
+        )
     return f'<div class="overlay" aria-hidden="true">{"".join(lines)}</div>'
 
 
@@ -125,9 +129,9 @@ def _inner(parts: Sequence[Region], size: int, axis: int) -> list[int]:
     return sorted(at for at in starts if 0 < at < size)
 
 
-def _names(ranks: Sequence[int]) -> str:
+def _names(ranks: Sequence[int], worded: bool = True) -> str:
     shown = ", ".join(map(str, ranks[:4])) + (", …" if len(ranks) > 4 else "")
-    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}"
+    return f"{'rank' if len(ranks) == 1 else 'ranks'} {shown}" if worded else shown
 
 
 def _owners(parts: Sequence[Region]) -> str:

@@ -34,7 +34,7 @@ def slices(shape: tuple[int, int, int]) -> dict[str, np.ndarray]:
 
 
 def step(number: int, last: int) -> dict[str, object]:
-    share, wave = number / last, math.sin(number * 12.9898) * 0.5
+    share, wave = number / last, math.sin(number * 12.9898) * 43758.5453 % 1 - 0.5
     compute_s, exchange_s = 0.9 + 0.05 * wave + 1.5 * (number == 1), 0.07 + 0.03 * abs(wave)
     return {
         "step": number,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -99,3 +100,36 @@ def test_the_screenshot_is_a_picture(chromium, make_run, tmp_path, scheme):
     mode = f"--blink-settings=preferredColorScheme={0 if scheme == 'dark' else 1}"
     browse(chromium, page, tmp_path / "profile", f"--screenshot={shot}", "--window-size=1280,2400", mode)
     assert colours(shot) > 500
+
+
+def test_the_pointer_reads_the_values_of_its_step(chromium, make_run, tmp_path):
+    run = make_run()
+    page = write_report(run)
+    probe = """<script>addEventListener("load", () => {
+      const chart = document.querySelector("svg[data-hover]"), box = chart.getBoundingClientRect();
+      const [left, right] = JSON.parse(chart.dataset.hover).frame.map((at) => at / chart.viewBox.baseVal.width);
+      const middle = box.left + box.width * (left + (right - left) * 19 / 59);
+      chart.dispatchEvent(new PointerEvent("pointermove", { clientX: middle, clientY: box.top + 40 }));
+    });</script>"""
+    text = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text()).replace("</body>", f"{probe}</body>")
+    page.write_text(text)  # without its policy, which would refuse the probe
+    dom = browse(chromium, page, tmp_path / "profile", "--dump-dom").stdout
+    tip = re.search(r'<div class="tip"[^>]*>(<b>.*?)</div>', dom)
+    assert tip
+    assert re.sub("<[^>]+>", " ", tip.group(1)).split() == ["step", "20", *tip_values(run)]
+
+
+def tip_values(run: Path) -> list[str]:
+    step, check = (
+        json.loads((run / name).read_text().splitlines()[at])
+        for name, at in (("steps.jsonl", 19), ("validation.jsonl", 0))
+    )
+    return ["training", "loss", f"{step['loss']:.4g}", "held-out", "loss", f"{check['loss']:.4g}"]
+
+
+def test_a_page_that_names_a_script_of_another_is_not_obeyed(chromium, make_run, tmp_path):
+    page = write_report(make_run())
+    page.write_text(page.read_text().replace("</body>", "<script>document.title = 'hacked'</script></body>"))
+    done = browse(chromium, page, tmp_path / "profile", "--dump-dom")
+    assert "<title>hacked" not in done.stdout
+    assert "Content Security Policy" in done.stderr  # and so the check for CONSOLE above can fail
