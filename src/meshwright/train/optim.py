@@ -46,25 +46,21 @@ def clip(model: nn.Module, limit: float) -> float:
 
     Raises `NumericsError` naming the first parameter whose gradient is not finite.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    value = float(_whole(norm))
-    if not math.isfinite(value):
-        bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = float(torch.nn.utils.get_total_norm([_whole(gradient) for gradient in gradients.values()]))
+    if not math.isfinite(norm):
+        bad = [name for name, gradient in gradients.items() if not torch.isfinite(_whole(gradient)).all()]
         where = f"first in {bad[0]!r}" if bad else "though each gradient is finite: their squares overflow"
         raise NumericsError(
-            f"the norm of the gradients is {value}, {where} ({len(bad)} of {len(parameters)} parameters); "
+            f"the norm of the gradients is {norm}, {where} ({len(bad)} of {len(gradients)} parameters); "
             "the loss was finite. Lower optim.lr or set train.precision=fp32."
         )
-    if limit and value > limit:
-        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
-    return value
+    if limit and norm > limit:
+        with torch.no_grad():
+            for gradient in gradients.values():
+                gradient.mul_(limit / norm)
+    return norm
 
 
 def _whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def _finite(tensor: Tensor) -> bool:
-    return bool(torch.isfinite(_whole(tensor)).all())

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
 from meshwright.errors import CheckpointError
+from meshwright.parallel.account import Ledger
+from meshwright.parallel.apply import _LEDGER as LEDGER
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Mapping[str, Any]) -> Checkpoint:
@@ -31,7 +33,9 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra
                     f"{type(optimizer).__name__} keeps {key} of {name} as {kind}; only tensors are saved"
                 )
     weights = {name: whole(value) for name, value in model.state_dict().items()}
-    return Checkpoint(step, weights, moments, {**extra, "optimizer": type(optimizer).__name__})
+    return Checkpoint(
+        step, weights, moments, {**extra, "optimizer": type(optimizer).__name__, "forward_calls": _ledger(model).calls}
+    )
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -66,3 +70,14 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkp
             continue
         with torch.no_grad():
             optimizer.state[parameter][key] = torch.zeros_like(parameter).copy_(value.to(parameter.device))
+
+
+def restore_clock(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Dropout goes on where it was: its masks are a function of seed, position and the number of forward calls."""
+    _ledger(model).calls = checkpoint.extra["forward_calls"]
+
+
+def _ledger(model: nn.Module) -> Ledger:
+    ledger = model.__dict__[LEDGER]
+    assert isinstance(ledger, Ledger)
+    return ledger

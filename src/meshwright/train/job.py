@@ -1,0 +1,139 @@
+"""What a rank trains: the sources, the model under the plan, the optimiser; and one batch of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from meshwright.checkpoint import read
+from meshwright.checkpoint.format import Checkpoint
+from meshwright.cluster.agree import assert_same_on_all_ranks
+from meshwright.config import Config
+from meshwright.data import augment, sampler
+from meshwright.data.mni import open_mni
+from meshwright.data.source import Kept, batch_shape, read_batch
+from meshwright.data.volumes import hold_out, open_pairs
+from meshwright.errors import ConfigError, PlanError
+from meshwright.models.small_unet import SmallUNet
+from meshwright.models.unet3d import UNet3D
+from meshwright.parallel.apply import from_local, parallelize
+from meshwright.parallel.mesh import default_device
+from meshwright.plan.plan import Plan, interval
+from meshwright.train import optim, state
+
+_DTYPE = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 means autocast
+
+
+@dataclass(frozen=True)
+class Batch:
+    """image [N, 1, D, H, W] and label [N, D, H, W] (int64), split as the plan says."""
+
+    image: Tensor
+    label: Tensor
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training job on one rank. `split` False: plain torch on whole volumes, the reference of `--check`."""
+
+    config: Config
+    plan: Plan
+    rank: int
+    device: torch.device
+    train: Kept
+    validation: Kept
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    split: bool = True
+
+
+def batch_size(config: Config, plan: Plan) -> int:
+    """Samples a step. Raises `PlanError` if there are fewer than parts along the data axis."""
+    parts = next((axis.size for axis in plan.axes if axis.role == "sample"), 1)
+    size = config.train.batch or parts
+    if size < parts:
+        raise PlanError(f"train.batch = {size} leaves ranks without a sample: the plan {plan} has {parts} along data")
+    return size
+
+
+def sources(config: Config) -> tuple[Kept, Kept]:
+    """(train, validation): files found and headers compared, nothing read. Raises `DataError`, `ConfigError`."""
+    data = config.data
+    if data.name == "mni152":
+        train, validation = open_mni(data.fold, data.resolution_mm, data.hemisphere, data.crop)
+        return Kept(train), Kept(validation)
+    if data.images is None or data.labels is None:
+        missing = "data.images" if data.images is None else "data.labels"
+        raise ConfigError(f"data.name = folder needs {missing}: a file pattern such as 'scans/*_t1.nii.gz'")
+    intensity = None
+    if data.intensity is not None:
+        if len(data.intensity) != 2:
+            raise ConfigError(f"data.intensity = {list(data.intensity)}: two numbers are needed, centre and spread")
+        intensity = (data.intensity[0], data.intensity[1])
+    known, held = hold_out(open_pairs(data.images, data.labels, data.classes, intensity), data.held_out)
+    return Kept(known), Kept(held)
+
+
+def make_model(config: Config, classes: int) -> nn.Module:
+    """The network of `config.model`, its weights a function of the seed alone. Not parallelized."""
+    model, memory = config.model, torch.channels_last_3d if config.train.channels_last else torch.contiguous_format
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        network: nn.Module = UNet3D(1, classes)
+        if model.name == "small_unet":
+            network = SmallUNet(1, classes, model.base, model.levels, model.norm)
+    return network.to(_DTYPE[config.train.precision]).to(memory_format=memory)  # type: ignore[call-overload]
+
+
+def build(
+    config: Config, plan: Plan, saved: Path | None = None, *, split: bool = True
+) -> tuple[Job, Checkpoint | None]:
+    """The job at its start, or as it was at the checkpoint `saved` (returned too).
+
+    Collective if `split`. Raises `DataError`, `PlanError`, `CheckpointError`, `MismatchError`.
+    """
+    batch_size(config, plan)
+    train, validation = sources(config)
+    device = default_device()
+    model = make_model(config, len(train.classes))
+    checkpoint = None
+    if saved is not None:
+        checkpoint = read.read(saved)
+        state.restore_model(model, checkpoint, saved)
+    if split:
+        assert_same_on_all_ranks(model)
+    model = parallelize(model, plan, device=device, seed=config.seed) if split else model.to(device)
+    optimizer = optim.build(config.optim, model.parameters())
+    if saved is not None and checkpoint is not None:
+        state.restore_optimizer(optimizer, model, checkpoint, saved)
+        state.restore_clock(model, checkpoint)
+    rank = dist.get_rank() if split and dist.is_initialized() else 0
+    return Job(config, plan, rank, device, train, validation, model, optimizer, split), checkpoint
+
+
+def training_batch(job: Job, step: int) -> Batch:
+    """The augmented batch of `step` (from 1): a function of seed and step, whatever the plan."""
+    config = job.config
+    size = batch_size(config, job.plan)
+    indices = sampler.batch(config.seed, step - 1, len(job.train.names), size)
+    batch = load(job, job.train, indices)
+    ranges = augment.Augmentation(config.augment.flip, config.augment.scale, config.augment.shift)
+    return Batch(*augment.apply(augment.draw(ranges, config.seed, step), batch.image, batch.label))
+
+
+def load(job: Job, source: Kept, indices: Sequence[int]) -> Batch:
+    """Samples `indices` of `source`: this rank reads its part of them, and the two tensors stand for the whole."""
+    shape = batch_shape(source, indices)
+    part = read_batch(source, indices, interval(shape, job.plan, job.rank))
+    memory = torch.channels_last_3d if job.config.train.channels_last else torch.contiguous_format
+    image = part.image.to(job.device, _DTYPE[job.config.train.precision]).contiguous(memory_format=memory)
+    label = part.label.to(job.device, torch.int64)
+    if not job.split:
+        return Batch(image, label)
+    whole = (shape[0], *shape[2:])
+    return Batch(from_local(image, job.plan, shape), from_local(label, job.plan, whole, layout="NDHW"))

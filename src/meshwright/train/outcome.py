@@ -1,0 +1,105 @@
+"""What a run says about itself besides its steps: how it began, what it went on from, how it ended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from meshwright.checkpoint.format import Checkpoint
+from meshwright.cluster import agree
+from meshwright.cluster.machine import describe
+from meshwright.config import Config
+from meshwright.parallel.apply import report
+from meshwright.plan.plan import Plan, interval
+from meshwright.train import memory, rundir
+from meshwright.train.job import Job
+from meshwright.train.validate import middle_planes
+
+_FREE_TO_CHANGE = {"ranks", "threads", "run", "plan", "checkpoint"}  # settings that do not change what is computed
+
+
+def begin(path: Path, job: Job, step: int) -> None:
+    """Write configuration, plan and machine; forget log lines after `step`, they are computed again (rank 0)."""
+    rundir.write_text(path / rundir.CONFIG, job.config.yaml())
+    job.plan.save(path / rundir.PLAN)
+    rundir.write_json(path / "machine.json", describe())
+    (path / rundir.SUMMARY).unlink(missing_ok=True)
+    for name in (rundir.STEPS, rundir.VALIDATION):
+        rundir.forget_after(path / name, step)
+
+
+def resumed(saved: Path | None, checkpoint: Checkpoint | None, config: Config, plan: Plan) -> list[str]:
+    """Lines for the user: where the run goes on, and which settings make it differ from an uninterrupted one."""
+    if saved is None or checkpoint is None:
+        return ["no checkpoint was written before the run ended: starting from the first step"]
+    lines = [f"going on from {saved.name}, step {checkpoint.step} of {config.train.steps}"]
+    old, new = dict(checkpoint.extra["config"]), config.as_dict()
+    changed = [
+        f"{key}: {before} → {after}"
+        for section in new
+        if section not in _FREE_TO_CHANGE
+        for key, before, after in _differences(section, old.get(section), new[section])
+    ]
+    if changed:
+        lines.append(f"other settings than before, so not the run that was interrupted: {'; '.join(changed)}")
+    if checkpoint.extra["plan"] != plan.as_dict():
+        lines.append(f"another plan than before ({plan}): equal within rounding, not to the bit")
+    return lines
+
+
+def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        return [found for name in new for found in _differences(f"{key}.{name}", old.get(name), new[name])]
+    return [] if old == new else [(key, old, new)]
+
+
+def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> None:
+    """Planes, layers, ranks and the summary. Collective; rank 0 writes."""
+    planes = middle_planes(job)
+    ranks = _ranks(job, resident)
+    if job.rank > 0:
+        return
+    rundir.write_arrays(path / "slices.npz", planes)
+    rundir.write_json(path / "layers.json", report(job.model))
+    rundir.write_json(path / "ranks.json", ranks)
+    config = job.config
+    summary = {
+        "finished": True,
+        "steps": step,
+        "train_s": sum(record["step_s"] for record in rundir.records(path / rundir.STEPS)),
+        "total_s": total_s,
+        "dice": rundir.records(path / rundir.VALIDATION)[-1]["dice"],
+        "classes": list(job.train.classes),
+        "ranks": job.plan.ranks,
+        "threads_per_rank": torch.get_num_threads(),
+        "precision": config.train.precision,
+        "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
+        "resolution_mm": float(config.data.resolution_mm) if config.data.name == "mni152" else None,
+        "fold": config.data.fold if config.data.name == "mni152" else None,
+    }
+    rundir.write_json(path / rundir.SUMMARY, summary)
+
+
+def _ranks(job: Job, resident: int) -> list[dict[str, Any]]:
+    """One record per rank, of the first training volume; collective."""
+    names = ("peak_bytes", "state_bytes", "ideal_bytes", "part_bytes", "read_bytes", "ideal_read_bytes")
+    data = job.train.stats
+    own = (
+        memory.peak_bytes(job.device),
+        resident,
+        data.ideal_part_bytes,
+        data.part_bytes,
+        data.read_bytes,
+        data.ideal_read_bytes,
+    )
+    shape = (1, 1, *job.train.shape(0))
+    return [
+        {
+            "rank": rank,
+            "interval": [[span.start, span.stop] for span in interval(shape, job.plan, rank)[2:]],
+            **dict(zip(names, values, strict=True)),
+        }
+        for rank, values in enumerate(agree.gather(own))
+    ]

@@ -1,0 +1,78 @@
+"""The held-out part: loss, Dice, and the middle planes for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from meshwright.models.losses import hard_dice
+from meshwright.plan.plan import interval
+from meshwright.train.job import Job, load
+from meshwright.train.step import loss_of, predict
+
+_DIRECTIONS = "dhw"
+
+
+def validate(job: Job) -> tuple[float, tuple[float, ...]]:
+    """Mean loss and mean Dice per class over the held-out volumes, each a global number."""
+    losses, overlaps = [], []
+    with _evaluating(job.model):
+        for index in range(len(job.validation.names)):
+            batch = load(job, job.validation, [index])
+            logits = predict(job, batch.image)
+            losses.append(loss_of(job.config.train, logits, batch.label).item())
+            overlaps.append(hard_dice(logits, batch.label).tolist())
+    return float(np.mean(losses)), tuple(map(float, np.mean(overlaps, axis=0)))
+
+
+def middle_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
+    """The middle planes of the first held-out volume: `image_d`, `truth_d`, `prediction_d`, … and its shape, spacing.
+
+    Collective. Each rank fills in what it owns and the planes are summed, so that no rank ever holds the volume.
+    """
+    with _evaluating(job.model):
+        batch = load(job, job.validation, [0])
+        prediction = predict(job, batch.image).argmax(dim=1)
+    shape, spacing = job.validation.shape(0), job.validation.spacing_mm(0)
+    spans = interval((1, 1, *shape), job.plan, job.rank)
+    planes: dict[str, np.ndarray[Any, Any]] = {"shape": np.array(shape), "spacing_mm": np.array(spacing)}
+    volumes = {"image": _own(batch.image), "truth": _own(batch.label), "prediction": _own(prediction)}
+    for name, part in volumes.items():
+        part = part.reshape(-1, *part.shape[-3:])[:1]  # no sample where the plan gives this rank none
+        for dim, letter in enumerate(_DIRECTIONS):
+            plane = _plane(part, spans[2:], shape, dim, owner=spans[0].stop > spans[0].start)
+            planes[f"{name}_{letter}"] = plane.numpy().astype(np.float32 if name == "image" else np.uint8)
+    return planes
+
+
+def _plane(part: Tensor, spans: tuple[slice, ...], shape: tuple[int, ...], dim: int, *, owner: bool) -> Tensor:
+    """The middle plane along `dim` of the whole volume, from the parts of all ranks: each voxel has one owner."""
+    middle = shape[dim] // 2
+    rest = [d for d in range(3) if d != dim]
+    plane = torch.zeros([shape[d] for d in rest])
+    if owner and spans[dim].start <= middle < spans[dim].stop:
+        plane[spans[rest[0]], spans[rest[1]]] = part[0].select(dim, middle - spans[dim].start).float().cpu()
+    if dist.is_initialized():
+        dist.all_reduce(plane)
+    return plane
+
+
+def _own(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train()
