@@ -10,7 +10,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import shlex
 import subprocess
@@ -22,7 +21,7 @@ import yaml
 from documents import DOCUMENTS, LANGUAGES, ROOT, Block, blocks, script
 
 import meshwright as mw
-from meshwright import config
+from meshwright import cli, config
 
 # command as printed → what checks it
 RUN_ELSEWHERE = {
@@ -60,9 +59,8 @@ def check_unrun(command: str, where: str) -> None:
     assert os.access(path, os.X_OK), f"{where}: {program} is not an executable file"
     assert subprocess.run(["bash", "-n", str(path)], timeout=10).returncode == 0
     if program == "./scripts/train":
-        run(["meshwright", "train", *arguments, "--help"], ROOT, where)
-        settings = [value for flag, value in itertools.pairwise(arguments) if flag == "--set"]
-        config.load(settings=settings)
+        parsed = cli._parser().parse_args(["train", *arguments])
+        config.resolve_plan(config.load(parsed.config, parsed.set, parsed.ranks))
 
 
 def read_yaml(block: Block) -> None:
