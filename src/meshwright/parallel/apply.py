@@ -1,0 +1,175 @@
+"""The public entrance: a module becomes parallel, a tensor becomes split."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
+
+from meshwright.errors import PlanError, UnsupportedError
+from meshwright.parallel import rules as _rules  # noqa: F401  (importing registers the rules)
+from meshwright.parallel.account import Ledger, where
+from meshwright.parallel.layout import REPLICATE, Placements, local_shape, replicated
+from meshwright.parallel.mesh import default_device, mesh_of
+from meshwright.parallel.randomness import forward_seeded
+from meshwright.parallel.redistribute import from_local as _from_local
+from meshwright.parallel.rules.pointwise import cut
+from meshwright.parallel.tensor import MeshOps, MeshParameter, MeshTensor, spec_of, wrap
+from meshwright.plan.plan import Plan
+
+_LEDGER = "_meshwright_ledger"
+
+
+def placements_for(plan: Plan, ndim: int, layout: str | None) -> Placements:
+    """The placements of a tensor of `ndim` dims under `plan`."""
+    return tuple(REPLICATE if dim is None else Shard(dim) for dim in plan.dims(ndim, layout))
+
+
+def shard(x: torch.Tensor, plan: Plan, layout: str | None = None) -> MeshTensor:
+    """A full tensor, equal on every rank → the same value split under `plan`; each rank keeps its part alone.
+
+    Args: `x` any dtype and memory format (kept). `layout` names the dims where custom does not (5-D NCDHW,
+    4-D NCHW, 3-D NCW, 2-D NC): `layout="NDHW"`. Differentiable if `x` requires grad. No communication.
+    Raises `PlanError` for an unknown layout or ranks that do not match the plan.
+    """
+    mesh = mesh_of(plan, x.device.type)
+    placements = placements_for(plan, x.ndim, layout)
+    shape = tuple(x.shape)
+    part = cut(x, placements, mesh)
+    if x.requires_grad and x.grad_fn is not None:
+        return _from_local(part, mesh, placements, shape)
+    kept = part.detach()
+    if kept.shape != x.shape:
+        kept = kept.clone(memory_format=torch.preserve_format)  # the rest of `x` can be freed
+    out = wrap(kept, mesh, placements, shape)
+    return out.requires_grad_(x.requires_grad)
+
+
+def from_local(part: torch.Tensor, plan: Plan, shape: Any, layout: str | None = None) -> MeshTensor:
+    """A split tensor of global `shape` from this rank's `part`; no rank ever holds the whole.
+
+    `part` must be `full[mw.interval(shape, plan, rank, layout)]`. Differentiable if `part` requires grad.
+    Raises `PlanError` if its shape is not that of the interval.
+    """
+    mesh = mesh_of(plan, part.device.type)
+    shape = tuple(int(size) for size in shape)
+    placements = placements_for(plan, len(shape), layout)
+    expected = local_shape(mesh, placements, shape)
+    if tuple(part.shape) != expected:
+        raise PlanError(
+            f"from_local: this rank's part of a tensor of shape {shape} under {plan} has shape {expected}, "
+            f"not {tuple(part.shape)}; mw.interval(shape, plan, rank) gives the slices"
+        )
+    if part.requires_grad:
+        return _from_local(part, mesh, placements, shape)
+    return wrap(part, mesh, placements, shape)
+
+
+def parallelize(
+    model: nn.Module,
+    plan: Plan,
+    *,
+    strict: bool = False,
+    device: torch.device | str | None = None,
+    seed: int = 0,
+) -> nn.Module:
+    """Make `model` compute on split tensors, with the result of one device. Changes the module and returns it.
+
+    Parameters and buffers become mesh tensors (DTensors) under their own names and keep their identity, so an
+    optimiser made before stays valid. Every rank must hold the same values.
+
+    Args:
+        plan: how ranks split the work.
+        strict: an operation without an exact split form raises `StrictError` instead of being gathered.
+        device: where to compute; the default is this rank's device.
+        seed: the random streams (dropout, noise) are functions of seed, call and global position.
+    Raises `PlanError` (ranks do not match), `UnsupportedError` (a parameter that cannot be converted).
+    """
+    if any(isinstance(t, MeshOps) for t in model.parameters()):
+        raise UnsupportedError(f"{type(model).__name__} is parallelized already; build a new module for another plan")
+    place = torch.device(device) if device is not None else default_device()
+    mesh = mesh_of(plan, place.type)
+    ledger = Ledger(strict=strict, seed=seed)
+    done: dict[int, torch.Tensor] = {}
+    for module in model.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and id(tensor) not in done:
+                    _convert(tensor, name, mesh, place, ledger)
+                    done[id(tensor)] = tensor
+    model.__dict__[_LEDGER] = ledger
+    for name, module in model.named_modules():
+        module.register_forward_pre_hook(_Enter(ledger, name or type(model).__name__))
+        module.register_forward_hook(_Leave(), always_call=True)
+    if mesh.size() > 1:
+        from meshwright.sync.reducer import attach
+
+        attach(model)
+    return model
+
+
+def _convert(tensor: torch.Tensor, name: str, mesh: DeviceMesh, device: torch.device, ledger: Ledger) -> None:
+    """Turn a plain parameter or buffer into a replicated mesh tensor, keeping the Python object."""
+    if tensor.device.type == "meta":
+        raise UnsupportedError(f"parameter {name!r} is on the meta device; materialise it before parallelize")
+    if tensor.grad_fn is not None or tensor._backward_hooks or tensor._use_count() > 1:  # type: ignore[attr-defined]
+        raise UnsupportedError(
+            f"parameter {name!r} is in use (a graph, a hook or a view holds it), so it cannot keep its identity; "
+            "call parallelize before the first forward and before registering hooks on parameters"
+        )
+    local = tensor.detach().to(device)
+    spec = spec_of(mesh, replicated(mesh), tuple(tensor.shape), local.stride(), local.dtype)
+    shell = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        MeshParameter,
+        tensor.shape,
+        strides=local.stride(),
+        dtype=local.dtype,
+        device=local.device,
+        requires_grad=tensor.requires_grad,
+    )
+    grad = tensor.grad
+    is_parameter = isinstance(tensor, nn.Parameter)
+    set_class: Callable[[Any, type], None] = object.__dict__["__class__"].__set__
+    set_class(tensor, MeshParameter)
+    set_class(shell, torch.Tensor)
+    torch._C._swap_tensor_impl(tensor, shell)
+    tensor.__dict__.update(_local_tensor=local, _spec=spec, _ledger=ledger)
+    if is_parameter:
+        tensor.__dict__["_is_param"] = True
+    if grad is not None:
+        tensor.grad = wrap(grad.detach().to(device), mesh, replicated(mesh))
+
+
+class _Enter:
+    """Names the layer that runs; at the root also gives all ranks the same random state."""
+
+    def __init__(self, ledger: Ledger, name: str) -> None:
+        self.ledger, self.name = ledger, name
+
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        if not any(ledger is self.ledger for ledger, _ in where.stack):
+            forward_seeded.enter(self.ledger)
+        where.stack.append((self.ledger, self.name))
+
+
+class _Leave:
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        ledger, _ = where.stack.pop()
+        if not any(other is ledger for other, _ in where.stack):
+            forward_seeded.leave(ledger)
+
+
+def report(model: nn.Module) -> list[dict[str, Any]]:
+    """What each layer has exchanged or gathered since `parallelize`: rows of layer, op, bytes, messages.
+
+    Bytes are those this rank sent. Raises `ValueError` for a module that is not parallelized.
+    """
+    ledger = model.__dict__.get(_LEDGER)
+    if not isinstance(ledger, Ledger):
+        raise ValueError(f"report: {type(model).__name__} is not a module that mw.parallelize returned")
+    return [asdict(entry) for entry in ledger.entries.values()]

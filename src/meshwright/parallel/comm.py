@@ -1,0 +1,130 @@
+"""Collectives along mesh axes on plain local tensors. Every byte that leaves this rank is counted here.
+
+Nothing is converted by objects or pickled: only tensors travel. All results are the same bits on every rank and
+in every run: sums are taken in the order of the ranks by the backend's fixed schedule.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshwright.errors import ExchangeError
+from meshwright.parallel.account import Ledger, sent, totals
+from meshwright.parallel.mesh import coordinates, group, sizes
+from meshwright.plan.geometry import chunk
+
+# torch 2.13 renamed it
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+Place = tuple[str, str]  # (layer, op) on whose behalf something is sent
+
+
+@dataclass(frozen=True)
+class Cause:
+    """Who causes an exchange: the record to write to, and the (layer, op) to write it under."""
+
+    ledger: Ledger | None
+    place: Place
+
+    def sent(self, nbytes: int, messages: int = 1) -> None:
+        sent(self.ledger, self.place, nbytes, messages)
+
+    def failed(self, error: Exception) -> ExchangeError:
+        layer, op = self.place
+        return ExchangeError(
+            f"rank {dist.get_rank()}: a neighbour did not answer in {op} of layer {layer!r}: {error}. "
+            "It died, hangs, or took another path through the model (every rank must run the same calls)."
+        )
+
+
+def wait(works: Sequence[dist.Work], cause: Cause) -> None:
+    """Wait for posted work; the time is counted as waiting for neighbours."""
+    start = time.perf_counter()
+    try:
+        for work in works:
+            work.wait()
+    except RuntimeError as error:
+        raise cause.failed(error) from error
+    totals.exchange_wait_s += time.perf_counter() - start
+
+
+def all_reduce(
+    local: torch.Tensor, mesh: DeviceMesh, axes: Sequence[int], cause: Cause, op: str = "sum"
+) -> torch.Tensor:
+    """The sum (or "max", "min", "product") of `local` over the ranks along `axes`; a new tensor, equal on all."""
+    out = local.clone(memory_format=torch.contiguous_format)
+    ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
+    ops["product"] = dist.ReduceOp.PRODUCT
+    small = out.dtype in (torch.bool, torch.int16, torch.uint16)  # types gloo cannot reduce
+    work = out.to(torch.int32) if small else out
+    for axis in axes:
+        ranks = sizes(mesh)[axis]
+        if ranks == 1:
+            continue
+        cause.sent(2 * (ranks - 1) * work.numel() * work.element_size() // ranks)
+        wait([dist.all_reduce(work, ops[op], group=group(mesh, axis), async_op=True)], cause)
+    return work.to(out.dtype) if small else work
+
+
+def all_gather_stack(local: torch.Tensor, mesh: DeviceMesh, axis: int, cause: Cause) -> torch.Tensor:
+    """Equal-shaped `local` of all ranks along `axis`, stacked in a new first dim."""
+    ranks = sizes(mesh)[axis]
+    if ranks == 1:
+        return local.unsqueeze(0)
+    local = local.contiguous()
+    cause.sent((ranks - 1) * local.numel() * local.element_size(), ranks - 1)
+    out = local.new_empty((ranks, *local.shape))
+    # as bytes: backends differ in the types they gather
+    flat_out, flat_in = out.view(-1).view(torch.uint8), local.view(-1).view(torch.uint8)
+    wait([_all_gather(flat_out, flat_in, group=group(mesh, axis), async_op=True)], cause)
+    return out
+
+
+def all_gather_dim(
+    local: torch.Tensor, mesh: DeviceMesh, axis: int, dim: int, size: int, cause: Cause
+) -> torch.Tensor:
+    """The whole of a dim of global `size` from its chunks along `axis`, uneven and empty ones included."""
+    ranks = sizes(mesh)[axis]
+    if ranks == 1:
+        return local
+    step = chunk(size, ranks, 0).size
+    lead = local.movedim(dim, 0)
+    if lead.shape[0] < step:  # padded to equal parts: uneven gathers do not exist on every backend
+        lead = torch.cat([lead, lead.new_zeros((step - lead.shape[0], *lead.shape[1:]))])
+    stacked = all_gather_stack(lead, mesh, axis, cause)
+    # every chunk before the last filled one is full, so the positions are already in order
+    whole = stacked.flatten(0, 1)[:size]
+    return whole.movedim(0, dim)
+
+
+def swap_dims(
+    local: torch.Tensor, mesh: DeviceMesh, axis: int, old: int, new: int, shape: tuple[int, ...], cause: Cause
+) -> torch.Tensor:
+    """From chunks of dim `old` to chunks of dim `new` along `axis` (all-to-all); `shape` is global along both."""
+    ranks, me = sizes(mesh)[axis], coordinates(mesh)[axis]
+    mine = chunk(shape[new], ranks, me)
+    operations, parts = [], []
+    for peer in range(ranks):
+        theirs = chunk(shape[new], ranks, peer)
+        piece = local.narrow(new, theirs.lo, theirs.size)
+        if peer == me:
+            parts.append(piece)
+            continue
+        size = list(local.shape)
+        size[old], size[new] = chunk(shape[old], ranks, peer).size, mine.size
+        part = local.new_empty(size)
+        parts.append(part)
+        if part.numel():
+            operations.append(dist.P2POp(dist.irecv, part, group=group(mesh, axis), group_peer=peer))
+        if piece.numel():
+            piece = piece.contiguous()
+            operations.append(dist.P2POp(dist.isend, piece, group=group(mesh, axis), group_peer=peer))
+            cause.sent(piece.numel() * piece.element_size())
+    if operations:
+        wait(dist.batch_isend_irecv(operations), cause)
+    return torch.cat(parts, dim=old)

@@ -1,0 +1,202 @@
+"""The window exchange: every rank fetches an arbitrary interval of a split dim from whoever owns it.
+
+This is the one primitive under every spatial rule. The intervals may be uneven, empty, wider than a shard, and
+overlap; all ranks know all intervals (they are arithmetic of the global shape), so sends and receives pair up
+without negotiation. Backward is the adjoint: what a rank got is sent back and added by its owner, in the order of
+the ranks, so that results are the same bits in every run.
+
+On the wire a piece lies channels-last (N, ..., C): a slab of a `channels_last_3d` activation is sent without a copy.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshwright.parallel.account import layer, totals
+from meshwright.parallel.comm import Cause, wait
+from meshwright.parallel.layout import axis_of
+from meshwright.parallel.mesh import coordinates, group, sizes
+from meshwright.parallel.redistribute import to_local
+from meshwright.plan.geometry import Interval, chunks, transfers
+
+Intervals = tuple[Interval, ...]
+
+
+@dataclass(frozen=True)
+class Line:
+    """The ranks along one mesh axis, who exchange pieces of tensor dim `dim` on behalf of `cause`."""
+
+    mesh: DeviceMesh
+    axis: int
+    dim: int
+    cause: Cause
+
+    @property
+    def me(self) -> int:
+        return coordinates(self.mesh)[self.axis]
+
+    @property
+    def ranks(self) -> int:
+        return sizes(self.mesh)[self.axis]
+
+
+def _to_wire(piece: torch.Tensor) -> torch.Tensor:
+    return (piece.movedim(1, -1) if piece.ndim > 2 else piece).contiguous()
+
+
+def _from_wire(shape: Sequence[int], reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """An empty wire buffer for a piece of `shape`, and the same memory seen as the piece."""
+    if len(shape) <= 2:
+        buffer = reference.new_empty(tuple(shape))
+        return buffer, buffer
+    buffer = reference.new_empty((shape[0], *shape[2:], shape[1]))
+    return buffer, buffer.movedim(-1, 1)
+
+
+class Posted:
+    """An exchange under way. `pieces()` waits and returns the received (span, source, tensor), in rank order."""
+
+    def __init__(
+        self,
+        local: torch.Tensor,
+        owned: Intervals,
+        wanted: Intervals,
+        line: Line,
+        take: Callable[[Interval], torch.Tensor] | None = None,
+    ) -> None:
+        """Send what others want of `owned[me]`: slices of `local`, or whatever `take` gives for a global span."""
+        start = time.perf_counter()
+        self.line, self._pieces = line, []
+        operations: list[dist.P2POp] = []
+        self._keep: list[torch.Tensor] = []  # buffers must outlive the transfer
+        me, dim = line.me, line.dim
+        pg = group(line.mesh, line.axis) if line.ranks > 1 else None
+        for move in transfers(owned, wanted):
+            if move.source == move.target:
+                continue
+            if move.target == me:
+                shape = list(local.shape)
+                shape[dim] = move.span.size
+                buffer, piece = _from_wire(shape, local)
+                self._pieces.append((move.span, move.source, piece))
+                if buffer.numel():
+                    operations.append(dist.P2POp(dist.irecv, buffer, group=pg, group_peer=move.source))
+            elif move.source == me:
+                piece = take(move.span) if take else local.narrow(dim, move.span.lo - owned[me].lo, move.span.size)
+                buffer = _to_wire(piece)
+                if buffer.numel():
+                    self._keep.append(buffer)
+                    line.cause.sent(buffer.numel() * buffer.element_size())
+                    operations.append(dist.P2POp(dist.isend, buffer, group=pg, group_peer=move.target))
+        try:
+            self._works = dist.batch_isend_irecv(operations) if operations else []
+        except RuntimeError as error:
+            raise line.cause.failed(error) from error
+        totals.exchange_post_s += time.perf_counter() - start
+
+    def pieces(self) -> list[tuple[Interval, int, torch.Tensor]]:
+        """The pieces from other ranks, complete."""
+        wait(self._works, self.line.cause)
+        self._works, self._keep = [], []
+        return self._pieces
+
+
+def _fetch(local: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
+    """The wanted interval of this rank, from `local` and the other ranks."""
+    posted = Posted(local, owned, wanted, line)
+    own, want = owned[line.me], wanted[line.me]
+    span = own.meet(want)
+    parts = [(span.lo, local.narrow(line.dim, span.lo - own.lo, span.size))] if span.size else []
+    parts += [(span.lo, piece) for span, _, piece in posted.pieces()]
+    if not parts:
+        shape = list(local.shape)
+        shape[line.dim] = 0
+        return local.new_empty(shape)
+    parts.sort(key=lambda part: part[0])
+    return parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in parts], dim=line.dim)
+
+
+def _return(grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
+    """The adjoint of `_fetch`: each wanted position of `grad` goes home to its owner, who adds in rank order."""
+    posted = Posted(grad, wanted, owned, line)
+    own, want = owned[line.me], wanted[line.me]
+    shape = list(grad.shape)
+    shape[line.dim] = own.size
+    out = torch.empty_strided(shape, _strides_like(grad, shape), dtype=grad.dtype, device=grad.device).zero_()
+    span = own.meet(want)
+    pieces = posted.pieces()
+    if span.size:
+        pieces = [*pieces, (span, line.me, grad.narrow(line.dim, span.lo - want.lo, span.size))]
+    for span, _, piece in sorted(pieces, key=lambda entry: entry[1]):
+        out.narrow(line.dim, span.lo - own.lo, span.size).add_(piece)
+    return out
+
+
+def _strides_like(reference: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    order = sorted(range(reference.ndim), key=lambda dim: (reference.stride(dim), -dim))
+    strides, step = [0] * reference.ndim, 1
+    for dim in order:
+        strides[dim] = step
+        step *= max(1, shape[dim])
+    return tuple(strides)
+
+
+class Fetch(Function):
+    """Differentiable `_fetch`; its gradient is `Return`, whose gradient is `Fetch` again."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
+        ctx.plan = owned, wanted, line
+        out = _fetch(local, owned, wanted, line)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return Return.apply(grad, *ctx.plan), None, None, None
+
+
+class Return(Function):
+    """Differentiable `_return`."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
+        ctx.plan = owned, wanted, line
+        return _return(grad, owned, wanted, line)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return Fetch.apply(grad, *ctx.plan), None, None, None
+
+
+def fetch(local: torch.Tensor, size: int, wanted: Intervals, line: Line) -> torch.Tensor:
+    """This rank's wanted interval of a dim of global `size` chunked over the line; on local tensors, differentiable."""
+    owned = chunks(size, line.ranks)
+    if owned == wanted:
+        return local
+    return Fetch.apply(local, owned, wanted, line)  # type: ignore[no-any-return]
+
+
+def window(x: Any, dim: int, lo: Sequence[int], hi: Sequence[int]) -> torch.Tensor:
+    """For each rank along the axis that splits `dim` of mesh tensor `x`, the global interval `[lo[i], hi[i])`.
+
+    Returns this rank's interval as a plain local tensor; differentiable (backward sends home and adds), collective.
+    Intervals must lie in `[0, x.shape[dim])`. If no axis splits `dim`, `lo` and `hi` have one entry.
+    """
+    dim %= x.ndim
+    axis = axis_of(tuple(x._spec.placements), dim)
+    local = to_local(x)
+    if axis is None:
+        return local.narrow(dim, lo[0], hi[0] - lo[0])
+    wanted = tuple(Interval(a, max(a, b)) for a, b in zip(lo, hi, strict=True))
+    line = Line(x._spec.mesh, axis, dim, Cause(x._ledger, (layer(), "window")))
+    return fetch(local, x.shape[dim], wanted, line)
+
+

@@ -1,0 +1,106 @@
+"""What the rules for whole torch functions (convolution, pooling, losses ...) share.
+
+Such a rule works in three steps, all differentiable: local parts out of mesh tensors (`to_local`), windows where a
+split dim needs its neighbours (`exchange.fetch`), the plain torch function on local tensors, and back (`from_local`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshwright.errors import StrictError
+from meshwright.parallel.account import layer, totals
+from meshwright.parallel.comm import Cause
+from meshwright.parallel.layout import REPLICATE, Placements, replicated, splits
+from meshwright.parallel.redistribute import from_local, redistribute
+from meshwright.parallel.tensor import FUNCTIONS, MeshOps, ledger_of, wrap
+
+
+def function(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Register a rule for torch functions. A rule may return NotImplemented to pass on to the ATen rules."""
+
+    def register(rule: Callable[..., Any]) -> Callable[..., Any]:
+        for func in funcs:
+            FUNCTIONS[func] = rule
+        return rule
+
+    return register
+
+
+def as_mesh(value: Any, mesh: DeviceMesh) -> Any:
+    """A plain tensor as a mesh tensor, equal on every rank; differentiable. Mesh tensors as they are."""
+    if value is None or isinstance(value, MeshOps):
+        return value
+    placements = replicated(mesh)
+    if value.requires_grad:
+        return from_local(value, mesh, placements, tuple(value.shape))
+    return wrap(value, mesh, placements)
+
+
+def mesh_of(*values: Any) -> DeviceMesh:
+    """The mesh of the first mesh tensor."""
+    return next(value._spec.mesh for value in values if isinstance(value, MeshOps))
+
+
+def placements_of(x: Any) -> Placements:
+    """The placements as a plain tuple."""
+    return tuple(x._spec.placements)
+
+
+def cause_for(op: str, *values: Any) -> Cause:
+    """On whose behalf a rule communicates."""
+    return Cause(ledger_of(values), (layer(), op))
+
+
+def gathered(x: Any, dims: Sequence[int], op: str) -> Any:
+    """`x` made whole along `dims` because `op` has no split form there: reported once, or refused when strict.
+
+    Raises `StrictError` before any communication.
+    """
+    hit = [dim for _, dim in splits(placements_of(x)) if dim in dims]
+    if not hit:
+        return x
+    cause = cause_for(op, x)
+    if cause.ledger is not None and cause.ledger.strict:
+        raise StrictError(
+            f"{op} in layer {layer()!r} has no exact split form along dims {hit} of {tuple(x.shape)}; "
+            "strict=True forbids to gather"
+        )
+    before = totals.sent_bytes
+    whole = made_whole(x, hit, cause)
+    nbytes = totals.sent_bytes - before
+    totals.gathered_bytes += nbytes
+    if cause.ledger is not None:
+        cause.ledger.gathered(*cause.place, nbytes)
+    return whole
+
+
+def made_whole(x: Any, dims: Sequence[int], cause: Cause) -> Any:
+    """`x` with the splits of `dims` ended (an exchange that belongs to a rule); differentiable."""
+    target = tuple(
+        REPLICATE if getattr(p, "dim", None) in dims else p for p in placements_of(x)
+    )
+    return redistribute(x, target, cause)
+
+
+def tuple_of(value: Any, n: int) -> tuple[int, ...]:
+    """An int or a sequence as n ints."""
+    if isinstance(value, Sequence | torch.Size):
+        return tuple(int(v) for v in value) * (n if len(value) == 1 else 1)
+    return (int(value),) * n
+
+
+def autocast(x: Any, *values: Any) -> tuple[Any, ...]:
+    """Cast floating tensors as autocast would before a convolution or a matrix product."""
+    kind = x.device.type
+    if not torch.is_autocast_enabled(kind):
+        return (x, *values)
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(
+        v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() and v.dtype != torch.float64 else v
+        for v in (x, *values)
+    )

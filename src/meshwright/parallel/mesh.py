@@ -1,0 +1,64 @@
+"""The ranks as a mesh: one axis of the plan is one axis of the mesh, with a process group along it."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from meshwright.cluster.process_group import ensure_process_group
+from meshwright.plan.plan import Plan
+
+_meshes: dict[tuple[object, ...], DeviceMesh] = {}
+
+
+def default_device() -> torch.device:
+    """This rank's device: its own GPU where there is one for each local rank, else the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+def mesh_of(plan: Plan, device_type: str) -> DeviceMesh:
+    """The mesh of a plan; one per plan value and process group. Raises `PlanError` if the ranks do not match."""
+    ensure_process_group(plan.ranks)
+    key = (plan, device_type, id(dist.group.WORLD))
+    if key not in _meshes:
+        sizes = tuple(axis.size for axis in plan.axes)
+        names = tuple(axis.name for axis in plan.axes)
+        _meshes[key] = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+    return _meshes[key]
+
+
+@lru_cache(maxsize=1024)
+def group(mesh: DeviceMesh, axis: int) -> dist.ProcessGroup:
+    """The process group of this rank along a mesh axis; the rank within it is the coordinate."""
+    return mesh.get_group(axis)
+
+
+@lru_cache(maxsize=1024)
+def coordinates(mesh: DeviceMesh) -> tuple[int, ...]:
+    """This rank's position along each axis."""
+    position: Any = mesh.get_coordinate()
+    return tuple(position)
+
+
+@lru_cache(maxsize=1024)
+def sizes(mesh: DeviceMesh) -> tuple[int, ...]:
+    """The number of ranks along each axis."""
+    return tuple(mesh.shape)
+
+
+@lru_cache(maxsize=64)
+def reduction_groups(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, DeviceMesh]:
+    """Groups for gradients alone: all ranks, and a mesh of the same shape with groups of its own.
+
+    Buckets start whenever their gradients are ready, which is not the same moment on every rank, so they must not
+    share the order of the exchanges. Collective on the first call.
+    """
+    world = dist.new_group(list(range(mesh.size())))
+    names = tuple(mesh.mesh_dim_names or ())
+    return world, init_device_mesh(mesh.device_type, sizes(mesh), mesh_dim_names=names)

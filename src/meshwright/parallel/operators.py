@@ -1,0 +1,186 @@
+"""The routing of ATen operators (forward below autograd, and all of backward) to their rules.
+
+Order: a registered rule; elementwise work by torch's own `pointwise` tag; else the exact fallback, which gathers
+and reports, or refuses. Nothing is passed on unseen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Shard
+
+from meshwright.errors import StrictError, UnsupportedError
+from meshwright.parallel.account import layer, totals
+from meshwright.parallel.comm import Cause
+from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
+from meshwright.parallel.redistribute import move
+from meshwright.parallel.tensor import MeshOps, ledger_of, mesh_tensors, set_dispatcher, wrap
+
+Rule = Callable[[Any, Any, Any], Any]
+OPERATORS: dict[Any, Rule] = {}
+POINTWISE: set[Any] = set()  # elementwise operators that torch does not tag
+LINEAR: set[Any] = set()  # operators that may work on summands (Partial) without summing first
+_is_pointwise: dict[Any, bool] = {}
+_is_mutable: dict[Any, bool] = {}
+
+_pointwise_rule: Rule | None = None
+
+
+def operator(*funcs: Any, linear: bool = False) -> Callable[[Rule], Rule]:
+    """Register a rule for ATen operators; `linear` ones accept Partial arguments as they are."""
+
+    def register(rule: Rule) -> Rule:
+        for func in funcs:
+            OPERATORS[func] = rule
+            if linear:
+                LINEAR.add(func)
+        return rule
+
+    return register
+
+
+def set_pointwise(rule: Rule) -> Rule:
+    """Install the rule for elementwise operators."""
+    global _pointwise_rule
+    _pointwise_rule = rule
+    return rule
+
+
+def cause_of(func: Any, args: Any) -> Cause:
+    """On whose behalf an operator communicates."""
+    return Cause(ledger_of(args), (layer(), func._schema.name.removeprefix("aten::")))
+
+
+def placed(x: Any, target: Placements, cause: Cause) -> torch.Tensor:
+    """The local part of mesh tensor `x` under `target`; no autograd."""
+    spec = x._spec
+    if spec.placements == target:
+        local: torch.Tensor = x._local_tensor
+        return local
+    return move(x._local_tensor, spec.mesh, tuple(spec.shape), tuple(spec.placements), target, cause)
+
+
+def summed(x: Any, cause: Cause) -> Any:
+    """`x` with its summands added up over the ranks."""
+    target = tuple(REPLICATE if isinstance(p, Partial) else p for p in x._spec.placements)
+    return wrap(placed(x, target, cause), x._spec.mesh, target, tuple(x._spec.shape), x._ledger)
+
+
+def mutable(func: Any) -> bool:
+    """Whether the operator writes to one of its arguments."""
+    if func not in _is_mutable:
+        _is_mutable[func] = func._schema.is_mutable
+    return _is_mutable[func]
+
+
+def _pointwise(func: Any) -> bool:
+    if func not in _is_pointwise:
+        tags = func.tags
+        _is_pointwise[func] = func in POINTWISE or (
+            torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+        )
+    return _is_pointwise[func]
+
+
+def _map(values: Any, change: Callable[[Any], Any]) -> Any:
+    """Apply `change` to every mesh tensor in (nested) arguments."""
+    if isinstance(values, MeshOps):
+        return change(values)
+    if isinstance(values, list | tuple):
+        return type(values)(_map(value, change) for value in values)
+    if isinstance(values, dict):
+        return {key: _map(value, change) for key, value in values.items()}
+    return values
+
+
+def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
+    """Run one ATen operator on mesh tensors."""
+    if mutable(func):
+        target = args[0] if args else None
+        if isinstance(target, MeshOps) and getattr(target, "_frozen_view", False):
+            raise UnsupportedError(
+                f"{func} in layer {layer()!r} writes in place to a slice that had to be copied, because a split dim "
+                "was cut; on one device the base would change too. Write to the base, or clone() the slice first."
+            )
+    if func not in LINEAR and any(partial_axes(tuple(t._spec.placements)) for t in mesh_tensors(args)):
+        cause = cause_of(func, args)
+        args = _map(args, lambda t: summed(t, cause) if partial_axes(tuple(t._spec.placements)) else t)
+    rule = OPERATORS.get(func)
+    if rule is not None:
+        result = rule(func, args, kwargs)
+        if result is not NotImplemented:
+            return result
+    elif _pointwise(func):
+        assert _pointwise_rule is not None
+        return _pointwise_rule(func, args, kwargs)
+    return fallback(func, args, kwargs)
+
+
+def fallback(func: Any, args: Any, kwargs: Any) -> Any:
+    """Exact for any operator without side effects: every rank gathers the arguments and computes the whole.
+
+    Raises `StrictError` before communication if the module was parallelized with `strict=True` and anything is
+    split; `UnsupportedError` for random operators and in-place writes that a gathered copy would lose.
+    """
+    tensors = mesh_tensors([*args, *kwargs.values()])
+    if not tensors:  # only nested deeper than the rules look
+        raise UnsupportedError(f"{func}: mesh tensors nested in lists of lists are not understood")
+    mesh: DeviceMesh = tensors[0]._spec.mesh
+    ledger = ledger_of(tensors)
+    name = func._schema.name.removeprefix("aten::")
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        raise UnsupportedError(f"{name} in layer {layer()!r}: this random operator has no rule that all ranks share")
+    split = [t for t in tensors if splits(tuple(t._spec.placements))]
+    if split and mutable(func):
+        raise UnsupportedError(f"{name} in layer {layer()!r} writes in place to a split tensor and has no rule")
+    if split and ledger is not None and ledger.strict:
+        where = ", ".join(f"{tuple(t._spec.shape)} {t._spec.placements}" for t in split)
+        raise StrictError(
+            f"{name} in layer {layer()!r} has no exact split form for {where}; strict=True forbids to gather. "
+            "Use another operation there, or parallelize without strict."
+        )
+    cause = Cause(ledger, (layer(), name))
+    before = totals.sent_bytes
+
+    def whole(t: Any) -> torch.Tensor:
+        return placed(t, replicated(mesh), cause)
+
+    local_args, local_kwargs = _map(args, whole), _map(kwargs, whole)
+    if split:
+        nbytes = totals.sent_bytes - before
+        totals.gathered_bytes += nbytes
+        if ledger is not None:
+            ledger.gathered(layer(), name, nbytes)
+    out = func(*local_args, **local_kwargs)
+    if mutable(func):
+        return args[0] if isinstance(out, torch.Tensor) else out
+    aliases = any(r.alias_info is not None for r in func._schema.returns)
+
+    def rewrap(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            return wrap(value, mesh, replicated(mesh), None, ledger, frozen_view=bool(split) and aliases)
+        if isinstance(value, list | tuple):
+            return type(value)(rewrap(item) for item in value)
+        return value
+
+    return rewrap(out)
+
+
+def shards_only(placements: Placements, dims: Sequence[int]) -> bool:
+    """Whether no axis splits any of `dims`."""
+    return all(dim not in dims for _, dim in splits(placements))
+
+
+def reshard(x: Any, dims: Sequence[int], cause: Cause) -> Any:
+    """`x` made whole along `dims` (the other splits stay)."""
+    target = tuple(
+        REPLICATE if isinstance(p, Shard) and p.dim in dims else p for p in x._spec.placements
+    )
+    return wrap(placed(x, target, cause), x._spec.mesh, target, tuple(x._spec.shape), x._ledger)
+
+
+set_dispatcher(dispatch)

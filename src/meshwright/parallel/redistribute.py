@@ -1,0 +1,164 @@
+"""Moving between placements, and between mesh tensors and plain local ones; all differentiable.
+
+A gradient is a mesh tensor like any other: its *global* value is what counts. Where a replicated tensor was used by
+computations that ranks did on different data, its gradient is Partial (the ranks hold summands) and stays so as
+long as only linear work touches it: parameter gradients are then summed once, in buckets (`meshwright.sync`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Shard
+
+from meshwright.errors import UnsupportedError
+from meshwright.parallel.account import Ledger, layer
+from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
+from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
+from meshwright.parallel.mesh import coordinates, sizes
+from meshwright.parallel.tensor import MeshTensor, wrap
+from meshwright.plan.geometry import chunk
+
+
+def move(
+    local: torch.Tensor,
+    mesh: DeviceMesh,
+    shape: tuple[int, ...],
+    source: Placements,
+    target: Placements,
+    cause: Cause,
+) -> torch.Tensor:
+    """The local part under `target` from the local part under `source`; no autograd. Collective."""
+    if source == target:
+        return local
+    held = list(source)
+    for axis, new in enumerate(target):  # first whatever makes parts larger: sums, and splits that end
+        old = held[axis]
+        if isinstance(old, Partial) and old != new:
+            local = all_reduce(local, mesh, [axis], cause, str(old.reduce_op))
+            held[axis] = REPLICATE
+        elif isinstance(old, Shard) and old != new:
+            taken = any(isinstance(p, Shard) and p.dim == getattr(new, "dim", None) for p in held)
+            if isinstance(new, Shard) and not taken:
+                local = swap_dims(local, mesh, axis, old.dim, new.dim, shape, cause)
+                held[axis] = new
+            else:
+                local = all_gather_dim(local, mesh, axis, old.dim, shape[old.dim], cause)
+                held[axis] = REPLICATE
+    for axis, new in enumerate(target):  # then whatever only drops data
+        if held[axis] == new:
+            continue
+        if isinstance(new, Shard):
+            span = chunk(shape[new.dim], sizes(mesh)[axis], coordinates(mesh)[axis])
+            local = local.narrow(new.dim, span.lo, span.size)
+        elif coordinates(mesh)[axis]:  # to Partial: the first rank keeps the value, the others add nothing
+            local = torch.zeros_like(local)
+    return local
+
+
+def one_split_per_dim(placements: Placements) -> bool:
+    """Whether no dim is split by two axes at once (such layouts are not used here)."""
+    dims = [dim for _, dim in splits(placements)]
+    return len(dims) == len(set(dims))
+
+
+class _Redistribute(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, target: Placements, cause: Cause) -> MeshTensor:
+        mesh, shape = x._spec.mesh, tuple(x._spec.shape)
+        ctx.source, ctx.cause = tuple(x._spec.placements), cause
+        local = move(x._local_tensor, mesh, shape, ctx.source, target, cause)
+        if local is x._local_tensor:
+            local = local.view_as(local)
+        return wrap(local, mesh, target, shape, x._ledger)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return redistribute(grad, gradient_placements(ctx.source, grad), ctx.cause), None, None
+
+
+def gradient_placements(source: Placements, grad: Any) -> Placements:
+    """How the gradient of a tensor placed as `source` is best held: its splits; sums stay unsummed."""
+    return tuple(
+        old if isinstance(old, Shard) else (now if isinstance(now, Partial) else REPLICATE)
+        for old, now in zip(source, grad._spec.placements, strict=True)
+    )
+
+
+def redistribute(x: Any, target: Placements, cause: Cause | None = None) -> Any:
+    """The same global value under `target`. Raises `UnsupportedError` if two axes would split one dim."""
+    if tuple(x._spec.placements) == target:
+        return x
+    ndim = len(x._spec.shape)
+    target = tuple(Shard(p.dim % ndim) if isinstance(p, Shard) else p for p in target)
+    if not one_split_per_dim(target):
+        raise UnsupportedError(f"two mesh axes cannot split the same dim: {target}")
+    return _Redistribute.apply(x, target, cause or Cause(x._ledger, (layer(), "redistribute")))
+
+
+def replicate(x: Any, cause: Cause | None = None) -> Any:
+    """The same value, whole on every rank."""
+    return redistribute(x, replicated(x._spec.mesh), cause)
+
+
+class _ToLocal(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, grad_axes: tuple[int, ...]) -> torch.Tensor:
+        spec = x._spec
+        ctx.source = spec.mesh, tuple(spec.shape), x._ledger
+        ctx.placements = tuple(
+            PARTIAL if axis in grad_axes and not isinstance(p, Shard) else p
+            for axis, p in enumerate(spec.placements)
+        )
+        ctx.set_materialize_grads(False)
+        local: torch.Tensor = x._local_tensor
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
+        if grad is None:
+            return None, None
+        mesh, shape, ledger = ctx.source
+        return _FromLocal.apply(grad, mesh, ctx.placements, shape, ledger), None
+
+
+def to_local(x: Any, grad_axes: tuple[int, ...] = ()) -> torch.Tensor:
+    """This rank's part as a plain tensor. Along `grad_axes` ranks compute on different data with a replicated `x`,
+    so there the gradient is a summand (Partial). A Partial `x` is summed first."""
+    if partial_axes(tuple(x._spec.placements)):
+        x = redistribute(x, tuple(REPLICATE if isinstance(p, Partial) else p for p in x._spec.placements))
+    return _ToLocal.apply(x, grad_axes)  # type: ignore[no-any-return]
+
+
+class _FromLocal(Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        local: torch.Tensor,
+        mesh: DeviceMesh,
+        placements: Placements,
+        shape: tuple[int, ...],
+        ledger: Ledger | None,
+    ) -> MeshTensor:
+        ctx.placements = placements
+        ctx.cause = Cause(ledger, (layer(), "gradient"))
+        return wrap(local.view_as(local), mesh, placements, shape, ledger)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        target = tuple(REPLICATE if isinstance(p, Partial) else p for p in ctx.placements)
+        return to_local(redistribute(grad, target, ctx.cause)), None, None, None, None
+
+
+def from_local(
+    local: torch.Tensor,
+    mesh: DeviceMesh,
+    placements: Placements,
+    shape: tuple[int, ...],
+    ledger: Ledger | None = None,
+) -> MeshTensor:
+    """A mesh tensor of global `shape` from this rank's part; differentiable."""
+    return _FromLocal.apply(local, mesh, placements, shape, ledger)  # type: ignore[no-any-return]

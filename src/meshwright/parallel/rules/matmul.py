@@ -1,0 +1,69 @@
+"""Matrix products. Rows of the left factor stay split; a split contraction gives summands, summed when needed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Partial, Replicate, Shard
+
+from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements
+from meshwright.parallel.operators import cause_of, operator, placed
+from meshwright.parallel.rules.pointwise import cut
+from meshwright.parallel.tensor import MeshOps, wrap
+
+aten = torch.ops.aten
+
+
+def _plan(left: Placements, right: Placements, batch: int) -> tuple[Placements, Placements, Placements]:
+    """Per axis: how left, right and product are placed. `batch` leading dims are common to all three."""
+    rows, inner = batch, batch + 1
+    a: list[Any] = []
+    b: list[Any] = []
+    c: list[Any] = []
+    for p, q in zip(left, right, strict=True):
+        if isinstance(p, Shard) and p.dim < batch:
+            triple = (p, p, p)
+        elif isinstance(p, Shard) and p.dim == inner or isinstance(p, Replicate) and q == Shard(rows):
+            triple = (Shard(inner), Shard(rows), PARTIAL)
+        elif isinstance(p, Shard) and p.dim == rows:
+            triple = (p, REPLICATE, p)
+        elif isinstance(q, Shard) and q.dim == inner:
+            triple = (REPLICATE, q, q)
+        elif isinstance(q, Shard):
+            triple = (q, q, q)
+        else:
+            triple = (REPLICATE, REPLICATE, REPLICATE)
+        a.append(triple[0])
+        b.append(triple[1])
+        c.append(triple[2])
+    return tuple(a), tuple(b), tuple(c)
+
+
+@operator(aten.mm.default, aten.bmm.default, aten.addmm.default, aten.baddbmm.default)
+def product(func: Any, args: Any, kwargs: Any) -> Any:
+    """`mm`, `bmm`, and with an added term `addmm`, `baddbmm`."""
+    added = func in (aten.addmm.default, aten.baddbmm.default)
+    term, (left, right) = (args[0] if added else None), args[1:3] if added else args[:2]
+    reference = next(t for t in (left, right, term) if isinstance(t, MeshOps))
+    mesh, cause = reference._spec.mesh, cause_of(func, args)
+    whole = (REPLICATE,) * mesh.ndim
+    places = [tuple(t._spec.placements) if isinstance(t, MeshOps) else whole for t in (left, right)]
+    batch = left.ndim - 2
+    first, second, out = _plan(places[0], places[1], batch)
+    parts = [
+        placed(t, p, cause) if isinstance(t, MeshOps) else cut(t, p, mesh)
+        for t, p in ((left, first), (right, second))
+    ]
+    shape = (*left.shape[:-1], right.shape[-1])
+    local = (torch.bmm if batch else torch.mm)(*parts)
+    ledger = next((t._ledger for t in (left, right, term) if isinstance(t, MeshOps) and t._ledger), None)
+    result = wrap(local, mesh, out, tuple(shape), ledger)
+    if not added:
+        return result
+    if any(isinstance(p, Partial) for p in out):
+        target = tuple(REPLICATE if isinstance(p, Partial) else p for p in out)
+        result = wrap(placed(result, target, cause), mesh, target, tuple(shape), ledger)
+    beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
+    result = result if alpha == 1 else result * alpha
+    return result + (term if beta == 1 else term * beta)

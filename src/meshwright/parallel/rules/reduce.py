@@ -1,0 +1,288 @@
+"""Reductions, softmax and scans of statistics over split dims: a local reduction, then one small exchange.
+
+The exchange carries the reduced result only (never the input), so its bytes do not grow with the reduced dims.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshwright.parallel.comm import Cause, all_gather_stack, all_reduce
+from meshwright.parallel.layout import Placements, local_shape, moved, owned, splits
+from meshwright.parallel.operators import cause_of, fallback, operator
+from meshwright.parallel.tensor import wrap
+
+aten = torch.ops.aten
+
+
+class Reduction:
+    """Where a reduction over `dims` of mesh tensor `x` needs other ranks, and how its result is placed."""
+
+    def __init__(self, x: Any, dims: Any, keepdim: bool) -> None:
+        self.mesh: DeviceMesh = x._spec.mesh
+        self.placements: Placements = tuple(x._spec.placements)
+        self.shape: tuple[int, ...] = tuple(x._spec.shape)
+        ndim = len(self.shape)
+        asked = range(ndim) if dims is None or dims == [] else ([dims] if isinstance(dims, int) else dims)
+        self.dims = sorted({dim % ndim for dim in asked}) if ndim else []
+        self.axes = [axis for axis, dim in splits(self.placements) if dim in self.dims]
+        self.count = math.prod(self.shape[dim] for dim in self.dims)
+        kept = [dim for dim in range(ndim) if dim not in self.dims]
+        self.out_shape = (
+            tuple(1 if dim in self.dims else self.shape[dim] for dim in range(ndim))
+            if keepdim
+            else tuple(self.shape[dim] for dim in kept)
+        )
+        self.mapping = tuple(
+            None if dim in self.dims else (dim if keepdim else kept.index(dim)) for dim in range(ndim)
+        )
+        self.ledger = x._ledger
+        self.local: torch.Tensor = x._local_tensor
+
+    @property
+    def out_placements(self) -> Placements:
+        return moved(self.placements, self.mapping)
+
+    def done(self, local: torch.Tensor) -> Any:
+        return wrap(local, self.mesh, self.out_placements, self.out_shape, self.ledger)
+
+    def local_out_shape(self) -> tuple[int, ...]:
+        return local_shape(self.mesh, self.out_placements, self.out_shape)
+
+    def empty_here(self) -> bool:
+        """This rank has nothing to reduce."""
+        return any(self.local.shape[dim] == 0 for dim in self.dims)
+
+
+def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """All arguments by name, with the defaults of the operator's schema."""
+    named = dict(kwargs)
+    for i, argument in enumerate(func._schema.arguments):
+        if i < len(args):
+            named[argument.name] = args[i]
+        elif argument.name not in named:
+            named[argument.name] = argument.default_value
+    return named
+
+
+@operator(aten.sum.default, aten.sum.dim_IntList, linear=True)
+def sum_(func: Any, args: Any, kwargs: Any) -> Any:
+    """Local sums, added up."""
+    a = _arguments(func, args, kwargs)
+    r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
+    local = aten.sum.dim_IntList(r.local, r.dims, a.get("keepdim", False), dtype=a["dtype"])
+    return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args)) if r.axes else local)
+
+
+@operator(aten.mean.default, aten.mean.dim)
+def mean(func: Any, args: Any, kwargs: Any) -> Any:
+    """The global sum over the global count; half precision is summed in fp32."""
+    a = _arguments(func, args, kwargs)
+    r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
+    dtype = a["dtype"] or r.local.dtype
+    if not r.axes:
+        return r.done(aten.mean.dim(r.local, r.dims, a.get("keepdim", False), dtype=a["dtype"]))
+    wide = torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    total = aten.sum.dim_IntList(r.local, r.dims, a.get("keepdim", False), dtype=wide)
+    return r.done((all_reduce(total, r.mesh, r.axes, cause_of(func, args)) / r.count).to(dtype))
+
+
+def _lowest(dtype: torch.dtype) -> Any:
+    if dtype == torch.bool:
+        return False
+    return -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
+
+
+def _highest(dtype: torch.dtype) -> Any:
+    if dtype == torch.bool:
+        return True
+    return math.inf if dtype.is_floating_point else torch.iinfo(dtype).max
+
+
+@operator(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
+def extreme(func: Any, args: Any, kwargs: Any) -> Any:
+    """The largest (smallest) of the ranks' own."""
+    a = _arguments(func, args, kwargs)
+    r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
+    if not r.axes:
+        return r.done(func(r.local, *args[1:], **kwargs))
+    largest = func in (aten.amax.default, aten.max.default)
+    if r.empty_here():
+        local = r.local.new_full(r.local_out_shape(), (_lowest if largest else _highest)(r.local.dtype))
+    else:
+        local = (torch.amax if largest else torch.amin)(r.local, r.dims, keepdim=a.get("keepdim", False))
+    return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args), "max" if largest else "min"))
+
+
+@operator(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
+def any_all(func: Any, args: Any, kwargs: Any) -> Any:
+    """Logical reductions as the extreme of 0 and 1."""
+    a = _arguments(func, args, kwargs)
+    r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
+    local = func(r.local, *args[1:], **kwargs)
+    if not r.axes:
+        return r.done(local)
+    kind = "max" if "any" in func._schema.name else "min"
+    return r.done(all_reduce(local.to(torch.int32), r.mesh, r.axes, cause_of(func, args), kind).to(local.dtype))
+
+
+@operator(aten.prod.default, aten.prod.dim_int, aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
+def prod(func: Any, args: Any, kwargs: Any) -> Any:
+    """Local products multiplied, local counts added."""
+    a = _arguments(func, args, kwargs)
+    r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
+    local = func(r.local, *args[1:], **kwargs)
+    kind = "product" if "prod" in func._schema.name else "sum"
+    return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args), kind) if r.axes else local)
+
+
+def merged_moments(r: Reduction, cause: Cause) -> tuple[torch.Tensor, torch.Tensor]:
+    """Global mean and sum of squared deviations, dims kept, in at least fp32 (fp64 while merging).
+
+    The ranks' own mean and deviations are merged pairwise-stably (Chan, Golub and LeVeque 1979), so inputs with
+    a large offset keep their variance.
+    """
+    wide = torch.float32 if r.local.dtype in (torch.bfloat16, torch.float16) else r.local.dtype
+    here = math.prod(r.local.shape[dim] for dim in r.dims)
+    shape = [1 if dim in r.dims else size for dim, size in enumerate(r.local.shape)]
+    if here and r.local.numel():
+        var, mean = torch.var_mean(r.local.to(wide), r.dims, correction=0, keepdim=True)
+    else:
+        var = mean = r.local.new_zeros(shape, dtype=wide)
+    mean, deviation = mean.double(), var.double() * here
+    count = mean.new_full((), here)
+    for axis in r.axes:
+        packed = torch.stack([mean, deviation, count.expand_as(mean)])
+        means, deviations, counts = all_gather_stack(packed, r.mesh, axis, cause).unbind(1)
+        count = counts.sum(0).flatten()[0] if counts.numel() else count
+        total = counts.sum(0).clamp(min=1)
+        mean = (means * counts).sum(0) / total
+        deviation = deviations.sum(0) + (counts * (means - mean) ** 2).sum(0)
+    return mean, deviation
+
+
+@operator(aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction)
+def variance(func: Any, args: Any, kwargs: Any) -> Any:
+    """Variance from merged moments."""
+    a = _arguments(func, args, kwargs)
+    keepdim = a["keepdim"]
+    r = Reduction(a["self"], a["dim"], keepdim)
+    if not r.axes:
+        out = func(r.local, *args[1:], **kwargs)
+        return tuple(r.done(o) for o in out) if isinstance(out, tuple) else r.done(out)
+    mean, deviation = merged_moments(r, cause_of(func, args))
+    correction = 1 if a["correction"] is None else a["correction"]
+    var = deviation / max(0, r.count - correction) if r.count > correction else deviation * math.nan
+    value = var.sqrt() if "std" in func._schema.name else var
+    if not keepdim:
+        value, mean = value.reshape(r.local_out_shape()), mean.reshape(r.local_out_shape())
+    value = r.done(value.to(r.local.dtype))
+    return (value, r.done(mean.to(r.local.dtype))) if "mean" in func._schema.name else value
+
+
+@operator(aten.linalg_vector_norm.default)
+def vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
+    """Local norms, combined as the same norm of the ranks' results."""
+    a = _arguments(func, args, kwargs)
+    r = Reduction(a["self"], a["dim"], a["keepdim"])
+    order = float(a["ord"])
+    if not r.axes:
+        return r.done(func(r.local, *args[1:], **kwargs))
+    cause = cause_of(func, args)
+    if math.isinf(order):
+        if r.empty_here():
+            local = r.local.new_full(r.local_out_shape(), 0.0 if order > 0 else math.inf)
+        else:
+            local = func(r.local, order, r.dims, a["keepdim"], dtype=a["dtype"])
+        return r.done(all_reduce(local, r.mesh, r.axes, cause, "max" if order > 0 else "min"))
+    local = func(r.local, order, r.dims, a["keepdim"], dtype=a["dtype"])
+    if order == 0:
+        return r.done(all_reduce(local, r.mesh, r.axes, cause))
+    return r.done(all_reduce(local**order, r.mesh, r.axes, cause) ** (1 / order))
+
+
+@operator(aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default)
+def extreme_position(func: Any, args: Any, kwargs: Any) -> Any:
+    """Values and global positions; among equals the first position, as on one device."""
+    a = _arguments(func, args, kwargs)
+    dim, keepdim = a["dim"], a["keepdim"]
+    r = Reduction(a["self"], dim, keepdim)
+    pair = func in (aten.max.dim, aten.min.dim)
+    if dim is None:
+        return NotImplemented if r.axes else r.done(func(r.local, *args[1:], **kwargs))
+    if not r.axes:
+        out = func(r.local, *args[1:], **kwargs)
+        return tuple(r.done(o) for o in out) if pair else r.done(out)
+    (dim,) = r.dims
+    (axis,) = r.axes
+    largest = func in (aten.max.dim, aten.argmax.default)
+    cause, start = cause_of(func, args), owned(r.mesh, r.placements, dim, r.shape[dim]).lo
+    if r.empty_here():
+        shape = [1 if d == dim else size for d, size in enumerate(r.local.shape)]
+        values = r.local.new_full(shape, (_lowest if largest else _highest)(r.local.dtype))
+        indices = torch.full(shape, torch.iinfo(torch.int64).max, device=r.local.device)
+    else:
+        values, indices = (torch.max if largest else torch.min)(r.local, dim, keepdim=True)
+        indices = indices + start
+    values = all_gather_stack(values, r.mesh, axis, cause)
+    indices = all_gather_stack(indices, r.mesh, axis, cause)
+    best = (torch.amax if largest else torch.amin)(values, 0)
+    hit = (values == best) | values.isnan() if values.is_floating_point() else values == best
+    index = indices.masked_fill(~hit, torch.iinfo(torch.int64).max).amin(0)
+    if not keepdim:
+        best, index = best.squeeze(dim), index.squeeze(dim)
+    return (r.done(best), r.done(index)) if pair else r.done(index)
+
+
+@operator(aten._softmax.default, aten._log_softmax.default)
+def softmax(func: Any, args: Any, kwargs: Any) -> Any:
+    """Softmax; over a split dim with the global maximum and sum."""
+    x, dim, half_to_float = args
+    r = Reduction(x, dim, True)
+    if not r.axes:
+        return wrap(func(r.local, dim, half_to_float), r.mesh, r.placements, r.shape, r.ledger)
+    cause, wide = cause_of(func, args), r.local
+    if r.local.dtype in (torch.bfloat16, torch.float16):
+        wide = r.local.float()
+    out_dtype = torch.float32 if half_to_float else r.local.dtype
+    (dim,) = r.dims
+    here = wide.amax(dim, keepdim=True) if not r.empty_here() else wide.new_full(r.local_out_shape(), -math.inf)
+    top = all_reduce(here, r.mesh, r.axes, cause, "max")
+    shifted = wide - top
+    total = all_reduce(shifted.exp().sum(dim, keepdim=True), r.mesh, r.axes, cause)
+    out = shifted.exp() / total if func is aten._softmax.default else shifted - total.log()
+    return wrap(out.to(out_dtype), r.mesh, r.placements, r.shape, r.ledger)
+
+
+@operator(aten._softmax_backward_data.default, aten._log_softmax_backward_data.default)
+def softmax_backward(func: Any, args: Any, kwargs: Any) -> Any:
+    """The gradient of softmax; over a split dim with the global sum."""
+    grad, output, dim, dtype = args
+    if grad._spec.placements != output._spec.placements:
+        from meshwright.parallel.operators import placed
+
+        target = tuple(output._spec.placements)
+        local = placed(grad, target, cause_of(func, args))
+        grad = wrap(local, output._spec.mesh, target, tuple(output._spec.shape), output._ledger)
+    r = Reduction(output, dim, True)
+    if not r.axes:
+        out = func(grad._local_tensor, r.local, dim, dtype)
+        return wrap(out, r.mesh, r.placements, r.shape, r.ledger)
+    g, cause = grad._local_tensor, cause_of(func, args)
+    if func is aten._softmax_backward_data.default:
+        total = all_reduce((g * r.local).sum(dim, keepdim=True), r.mesh, r.axes, cause)
+        out = r.local * (g - total)
+    else:
+        total = all_reduce(g.sum(dim, keepdim=True), r.mesh, r.axes, cause)
+        out = g - r.local.exp() * total
+    return wrap(out.to(dtype), r.mesh, r.placements, r.shape, r.ledger)
+
+
+@operator(aten._local_scalar_dense.default)
+def item(func: Any, args: Any, kwargs: Any) -> Any:
+    """The global value of a one-element tensor."""
+    return fallback(func, args, kwargs)

@@ -1,0 +1,180 @@
+"""The tensor that users hold: a DTensor whose every operation is exact on split dims.
+
+`MeshTensor` is a subclass of DTensor: `.shape` is global, `.full_tensor()` is the single-device value. Functions of
+`torch` reach the rules of `functions.py` (whole operations: convolution, pooling, losses), operators of ATen reach
+those of `operators.py` (elementwise work, reductions, views, and all of backward). What neither knows is gathered
+and reported, or refused: never guessed.
+
+`MeshParameter` is the same for parameters. A parameter keeps its identity when its module is parallelized, so that
+an optimiser made before stays valid. Python cannot turn a plain tensor object into one with DTensor's slots, so the
+class is not a DTensor by layout but answers as one (`isinstance(p, DTensor)` holds through `__class__`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+from meshwright.errors import UnsupportedError
+from meshwright.parallel.account import Ledger
+from meshwright.parallel.layout import Placements, global_strides
+
+FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
+_dispatch: Callable[..., Any] | None = None
+_specs: dict[tuple[object, ...], DTensorSpec] = {}
+
+
+def set_dispatcher(dispatcher: Callable[..., Any]) -> None:
+    """Install the rules for ATen operators (done once, by `operators.py`)."""
+    global _dispatch
+    _dispatch = dispatcher
+
+
+class MeshOps:
+    """What split activations and parameters share: their operations are routed to the rules."""
+
+    _local_tensor: torch.Tensor
+    _spec: DTensorSpec
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        rule = FUNCTIONS.get(func)
+        if rule is not None:
+            result = rule(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        assert _dispatch is not None
+        return _dispatch(func, args, kwargs or {})
+
+    def __repr__(self, *, tensor_contents: object = None) -> str:
+        kind = type(self).__name__
+        axes = self._spec.mesh.mesh_dim_names or ()
+        places = ", ".join(f"{name}: {p}" for name, p in zip(axes, self._spec.placements, strict=False))
+        shape = tuple(self._spec.shape)
+        return f"{kind}(shape={shape}, dtype={self._local_tensor.dtype}, {places}, local={self._local_tensor})"
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """The mesh of ranks."""
+        return self._spec.mesh
+
+    @property
+    def placements(self) -> Placements:
+        """For each mesh axis: Shard(dim), Replicate or Partial."""
+        return tuple(self._spec.placements)
+
+    def full_tensor(self, *, grad_placements: object = None) -> torch.Tensor:
+        """The whole value on every rank as a plain tensor; differentiable, and collective where it is split."""
+        from meshwright.parallel.redistribute import replicate, to_local
+
+        return to_local(replicate(self))
+
+    def to_local(self, *, grad_placements: object = None) -> torch.Tensor:
+        """This rank's part as a plain tensor; its gradient is the gradient of that part."""
+        from meshwright.parallel.redistribute import to_local
+
+        return to_local(self)
+
+    def redistribute(self, device_mesh: Any = None, placements: Any = None, **options: Any) -> Any:
+        """The same value, placed otherwise on the same mesh; differentiable."""
+        from meshwright.parallel.redistribute import redistribute
+
+        if device_mesh is not None and device_mesh != self._spec.mesh:
+            raise UnsupportedError("redistribute: the tensor cannot move to another mesh; use the mesh it is on")
+        return redistribute(self, tuple(self._spec.placements if placements is None else placements))
+
+    def tolist(self) -> Any:
+        """The global values as nested lists."""
+        return self.full_tensor().detach().tolist()
+
+    def numpy(self, *, force: bool = False) -> Any:
+        """The global value as an array (collective where the tensor is split)."""
+        return self.full_tensor().numpy(force=force)
+
+
+class MeshTensor(MeshOps, DTensor):
+    """A split or replicated activation. `_ledger` is the record of the module it comes from (None: no module)."""
+
+    _ledger: Ledger | None
+    _frozen_view: bool  # a copy that one device would hold as a view: in-place writes would be lost, so refused
+
+
+class MeshParameter(MeshOps, torch.Tensor):
+    """A parameter or buffer of a parallelized module; see the module docstring."""
+
+    _ledger: Ledger | None
+    __class__ = property(lambda self: DTensor)  # type: ignore[assignment]
+    __hash__ = torch.Tensor.__hash__
+
+
+def spec_of(
+    mesh: DeviceMesh, placements: Placements, shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> DTensorSpec:
+    """One spec object per value: making one costs more than looking it up."""
+    key = (id(mesh), placements, shape, strides, dtype)
+    spec = _specs.get(key)
+    if spec is None:
+        if len(_specs) > 20000:
+            _specs.clear()
+        spec = DTensorSpec(mesh, placements, TensorMeta(torch.Size(shape), strides, dtype))
+        _specs[key] = spec
+    return spec
+
+
+def wrap(
+    local: torch.Tensor,
+    mesh: DeviceMesh,
+    placements: Placements,
+    shape: tuple[int, ...] | None = None,
+    ledger: Ledger | None = None,
+    *,
+    frozen_view: bool = False,
+) -> MeshTensor:
+    """A `MeshTensor` around this rank's part (no copy, no autograd). `shape` is global; None: equal to the local."""
+    if shape is None:
+        shape = tuple(local.shape)
+        strides = local.stride()
+    else:
+        strides = local.stride() if shape == local.shape else global_strides(shape, local.stride())
+    spec = spec_of(mesh, placements, shape, strides, local.dtype)
+    if local.requires_grad:
+        local = local.detach()
+    out = MeshTensor(local, spec, requires_grad=False)  # type: ignore[call-arg]
+    out._ledger = ledger
+    out._frozen_view = frozen_view
+    return out
+
+
+def like(local: torch.Tensor, other: Any) -> MeshTensor:
+    """`local` wrapped with the placements and global shape of `other`."""
+    return wrap(local, other._spec.mesh, other._spec.placements, tuple(other._spec.shape), other._ledger)
+
+
+def mesh_tensors(values: Any) -> list[Any]:
+    """All mesh tensors among arguments, one level of lists deep."""
+    found: list[Any] = []
+    for value in values:
+        if isinstance(value, MeshOps):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found.extend(item for item in value if isinstance(item, MeshOps))
+    return found
+
+
+def ledger_of(values: Any) -> Ledger | None:
+    """The first record found among mesh tensors."""
+    return next((t._ledger for t in mesh_tensors(values) if t._ledger is not None), None)

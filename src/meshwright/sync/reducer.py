@@ -1,0 +1,167 @@
+"""Parameter gradients: summed over the ranks in buckets while backward still runs, complete when it returns.
+
+A parameter that ranks used on different data has a gradient in summands (Partial). Buckets hold parameters in the
+reverse order of the module; a bucket starts one all-reduce in the background when all its gradients are there and
+the bucket before it has started; the end of backward starts the rest and hands each gradient its sum. Contents and
+order of the buckets depend on the module alone, so they are the same on every rank, whatever the order in which a
+rank's gradients become ready.
+"""
+
+from __future__ import annotations
+
+import time
+import weakref
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch.autograd import Variable
+
+from meshwright.errors import ExchangeError, UnsupportedError
+from meshwright.parallel.account import totals
+from meshwright.parallel.layout import REPLICATE, partial_axes
+from meshwright.parallel.mesh import reduction_groups, sizes
+from meshwright.parallel.tensor import MeshOps, spec_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+BUCKET_BYTES = 8 << 20  # large enough to amortise a message, small enough to start before backward ends
+
+
+class _Flight:
+    """Gradients of one bucket with the same axes and dtype, on their way."""
+
+    def __init__(self, parameters: list[Any], axes: tuple[int, ...]) -> None:
+        self.parameters, self.axes = parameters, axes
+        self.mesh = parameters[0].grad._spec.mesh
+        self.flat = torch.cat([p.grad._local_tensor.reshape(-1) for p in parameters])
+        world, own_mesh = reduction_groups(self.mesh)
+        if len(axes) == self.mesh.ndim:  # every rank of the job: one all-reduce instead of one per axis
+            self.stages = [(world, self.mesh.size())]
+        else:
+            self.stages = [(own_mesh.get_group(axis), sizes(self.mesh)[axis]) for axis in axes]
+        self.work = self._start(*self.stages[0])
+
+    def _start(self, pg: dist.ProcessGroup, ranks: int) -> dist.Work:
+        nbytes = 2 * (ranks - 1) * self.flat.numel() * self.flat.element_size() // ranks
+        totals.sent_bytes += nbytes
+        totals.reduced_bytes += nbytes
+        totals.messages += 1
+        work: dist.Work = dist.all_reduce(self.flat, group=pg, async_op=True)
+        return work
+
+    def land(self) -> None:
+        """Wait, and give every parameter its sum."""
+        self.work.wait()
+        for stage in self.stages[1:]:
+            self._start(*stage).wait()
+        at = 0
+        for p in self.parameters:
+            grad = p.grad
+            size = grad._local_tensor.numel()
+            local = self.flat[at : at + size].view(grad._local_tensor.shape)
+            at += size
+            placements = tuple(
+                REPLICATE if axis in self.axes else place for axis, place in enumerate(grad._spec.placements)
+            )
+            shape = tuple(grad._spec.shape)
+            grad._spec = spec_of(self.mesh, placements, shape, grad._spec.tensor_meta.stride, local.dtype)
+            if local.stride() == grad._local_tensor.stride():
+                grad._local_tensor = local
+            else:
+                grad._local_tensor = grad._local_tensor.clone().copy_(local)
+
+
+class Reducer:
+    """The bucketed reduction of one parallelized module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.enabled = True
+        self._buckets: list[list[Any]] = [[]]
+        self._place: dict[int, int] = {}  # id of a parameter -> its bucket
+        nbytes = 0
+        for p in reversed([p for p in module.parameters() if p.requires_grad]):
+            if nbytes >= BUCKET_BYTES:
+                self._buckets.append([])
+                nbytes = 0
+            self._buckets[-1].append(p)
+            self._place[id(p)] = len(self._buckets) - 1
+            nbytes += p._local_tensor.numel() * p._local_tensor.element_size()
+            p.register_post_accumulate_grad_hook(self._ready)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._missing = [{id(p) for p in bucket} for bucket in self._buckets]
+        self._started = 0
+        self._flights: list[_Flight] = []
+        self._queued = False
+
+    def _ready(self, p: Any) -> None:
+        if not self.enabled:
+            return
+        if not self._queued:
+            self._queued = True
+            Variable._execution_engine.queue_callback(self._finish)
+        place = self._place[id(p)]
+        if place < self._started:
+            raise UnsupportedError(
+                "a gradient was accumulated again after its sum had started (a parameter used in several reentrant "
+                "checkpoints); use torch.utils.checkpoint.checkpoint(..., use_reentrant=False)"
+            )
+        self._missing[place].discard(id(p))
+        while self._started < len(self._buckets) and not self._missing[self._started]:
+            self._start_next()
+
+    def _start_next(self) -> None:
+        groups: dict[tuple[Any, ...], list[Any]] = {}
+        for p in self._buckets[self._started]:
+            axes = () if p.grad is None else partial_axes(tuple(p.grad._spec.placements))
+            if axes:
+                groups.setdefault((axes, p.grad._local_tensor.dtype), []).append(p)
+        self._flights += [_Flight(parameters, axes) for (axes, _), parameters in groups.items()]
+        self._started += 1
+
+    def _finish(self) -> None:
+        start = time.perf_counter()
+        try:
+            while self._started < len(self._buckets):
+                self._start_next()
+            for flight in self._flights:
+                flight.land()
+        except RuntimeError as error:
+            raise ExchangeError(
+                f"rank {dist.get_rank()}: another rank did not answer while gradients were summed: {error}"
+            ) from error
+        finally:
+            self._reset()
+        totals.reduction_s += time.perf_counter() - start
+
+
+_reducers: weakref.WeakKeyDictionary[torch.nn.Module, Reducer] = weakref.WeakKeyDictionary()
+
+
+def attach(module: torch.nn.Module) -> None:
+    """Reduce the gradients of `module` from now on."""
+    mesh = next((p._spec.mesh for p in module.parameters() if isinstance(p, MeshOps)), None)
+    if mesh is not None:
+        reduction_groups(mesh)
+    _reducers[module] = Reducer(module)
+
+
+@contextmanager
+def no_sync(module: torch.nn.Module) -> Iterator[None]:
+    """Within: backward accumulates gradients without summing them over the ranks.
+
+    The next backward outside sums everything accumulated so far. Raises `ValueError` for a module that is not
+    parallelized.
+    """
+    if module not in _reducers:
+        raise ValueError(f"no_sync: {type(module).__name__} is not a module that mw.parallelize returned")
+    reducer = _reducers[module]
+    before, reducer.enabled = reducer.enabled, False
+    try:
+        yield
+    finally:
+        reducer.enabled = before
