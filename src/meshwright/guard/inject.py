@@ -19,10 +19,6 @@ VARIABLE = "MESHWRIGHT_FAULT"
 KINDS = ("raise", "kill", "stop", "exit", "hang")
 
 
-class InjectedFault(RuntimeError):
-    """The error that `raise` raises."""
-
-
 @dataclass(frozen=True)
 class Fault:
     """What is to happen to which rank before which step."""
@@ -54,7 +50,7 @@ def fault_point(step: int) -> None:
 
 def _strike(fault: Fault) -> None:
     if fault.kind == "raise":
-        raise InjectedFault(f"asked for by {VARIABLE} on rank {fault.rank} before step {fault.step}")
+        raise RuntimeError(f"fault asked for by {VARIABLE} on rank {fault.rank} before step {fault.step}")
     if fault.kind == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
     elif fault.kind == "stop":
