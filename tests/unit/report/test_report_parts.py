@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 import re
 import struct
@@ -16,13 +17,13 @@ from meshwright.plan.plan import Plan
 from meshwright.report.axes import Frame, ticks
 from meshwright.report.chart import Series, curves, smooth, stacked
 from meshwright.report.meshbox import mesh_box
-from meshwright.report.planes import Plane
+from meshwright.report.planes import Plane, Slices
 from meshwright.report.png import encode_png
 from meshwright.report.records import RankRecord
 from meshwright.report.tables import Column, Html, bar, folded, table
 from meshwright.report.timing import percentile
 from meshwright.report.units import bytes_text, percent_text, ratio_text, seconds_text
-from meshwright.report.volume import Region, coloured, errors, grey, regions
+from meshwright.report.volume import Region, coloured, errors, gallery, grey, regions
 
 
 def decode_png(data: bytes) -> np.ndarray:
@@ -143,13 +144,27 @@ def test_pictures_show_classes_and_exactly_the_errors():
     assert grey(np.full((3, 3), 7)).max() == 0
 
 
-def records(plan: Plan, intervals: list) -> list[RankRecord]:
+def test_cuts_and_labels_lie_on_the_picture_where_the_ranks_meet():
+    counts = (7, 4, 4)
+    image, nothing = np.zeros((7, 4), np.uint8), np.zeros((7, 4), np.uint8)
+    image[:3] = 200  # the part of rank 0, drawn at the bottom
+    across_d = Plane(np.zeros((4, 4)), nothing[:4], nothing[:4])
+    side = Plane(image, nothing, nothing)
+    drawn = gallery(Slices((across_d, side, side), counts, (1.0, 1.0, 1.0), (0, 0, 0)), Plan.uniform(depth=3))
+    assert re.findall(r'class="cut across" style="top:([\d.]+)%"', drawn) == ["57.143", "14.286"] * 8  # 3 and 6 of 7
+    labels = re.findall(r'class="owner" style="top:([\d.]+)%[^>]*>([^<]+)<', drawn)
+    assert labels[1:4] == [("57.143", "rank 0"), ("14.286", "rank 1"), ("0.000", "rank 2")]
+    first = decode_png(base64.b64decode(re.findall(r"base64,([^\"]+)", drawn)[4]))
+    assert (first[:4, :, 0].max(), first[4:, :, 0].min()) == (0, 255)
+
+
+def records(intervals: list) -> list[RankRecord]:
     return [RankRecord(rank, interval, 0, 0, 0, 0, 0, 0) for rank, interval in enumerate(intervals)]
 
 
 def test_the_box_draws_each_part_once_and_names_its_ranks():
     halves = [((0, 5), (0, 6), (0, 7)), ((5, 10), (0, 6), (0, 7))]
-    drawn = mesh_box(records(Plan.uniform(data=2, depth=2), halves * 2))
+    drawn = mesh_box(records(halves * 2))
     assert drawn.count("<polygon") == 6
     assert re.findall(r'class="part"[^>]*>([^<]+)<', drawn) == ["0, 2", "1, 3"]
     assert "10 × 6 × 7 voxels" in drawn
