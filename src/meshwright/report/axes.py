@@ -63,7 +63,7 @@ def ticks(lo: float, hi: float, count: int, *, whole: bool = False) -> Iterator[
     if whole:
         step = max(1.0, math.ceil(step))
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    if decimals and round(step * 10**decimals, 6) % 1:
+    if round(step * 10**decimals, 6) % 1:  # 2.5, 0.25, …
         decimals += 1
     for index in range(math.ceil(lo / step - 1e-9), math.floor(hi / step + 1e-9) + 1):
         value = index * step

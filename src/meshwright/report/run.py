@@ -1,7 +1,8 @@
 """Read a run directory: strict about what it finds, patient with a run that still goes or was killed.
 
 With a `summary.json` the run has ended, and every file must be there and whole. Without one it still goes or was
-killed: what exists is read, a torn last line of a log is left out, and `Run.notes` says so.
+killed: its logs are read up to a torn last line, which `Run.notes` tells; the files that only the end writes are not,
+because in a run that was resumed they are those of its earlier end.
 """
 
 from __future__ import annotations
@@ -77,9 +78,9 @@ def load_run(run_dir: str | Path) -> Run:
         machine=_machine(path / "machine.json", ended),
         steps=_log(Step, path / "steps.jsonl", ended, notes),
         validation=_log(Validation, path / "validation.jsonl", ended, notes),
-        ranks=_rows(RankRecord, path / "ranks.json", ended),
-        layers=_rows(LayerRow, path / "layers.json", ended),
-        slices=load_slices(path / "slices.npz") if ended or (path / "slices.npz").is_file() else None,
+        ranks=_rows(RankRecord, path / "ranks.json") if ended else (),
+        layers=_rows(LayerRow, path / "layers.json") if ended else (),
+        slices=load_slices(path / "slices.npz") if ended else None,
         summary=summary,
         notes=tuple(notes),
     )
@@ -130,9 +131,7 @@ def _machine(path: Path, ended: bool) -> dict[str, Any]:
     return raw
 
 
-def _rows(kind: type[T], path: Path, ended: bool) -> tuple[T, ...]:
-    if not ended and not path.is_file():
-        return ()
+def _rows(kind: type[T], path: Path) -> tuple[T, ...]:
     raw = _json(path)
     if not isinstance(raw, list):
         raise DataError(f"{path}: expected a JSON list, found {type(raw).__name__}")

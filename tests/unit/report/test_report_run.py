@@ -45,6 +45,14 @@ def test_a_run_without_summary_says_what_it_has(make_run):
     assert run.dice == run.validation[-1].dice
 
 
+def test_a_resumed_run_does_not_show_the_files_of_its_earlier_end(make_run):
+    path = make_run(Plan.uniform(depth=2))
+    (path / "summary.json").unlink()  # as a resume does, here under another plan
+    Plan.uniform(depth=4).save(path / "plan.yaml")
+    run = load_run(path)
+    assert (run.ranks, run.layers, run.slices) == ((), (), None)
+
+
 def test_a_run_killed_before_its_first_step_is_a_run(make_run):
     path = make_run(finished=False)
     for name in ("steps.jsonl", "validation.jsonl", "machine.json"):
