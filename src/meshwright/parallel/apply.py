@@ -23,6 +23,18 @@ from meshwright.parallel.tensor import MeshOps, MeshParameter, MeshTensor, spec_
 from meshwright.plan.plan import Plan
 
 _LEDGER = "_meshwright_ledger"
+_attach: Callable[[nn.Module], None] | None = None
+
+
+def set_reducer(attach: Callable[[nn.Module], None]) -> None:
+    """Install what sums parameter gradients over the ranks (done once, by `meshwright.sync`)."""
+    global _attach
+    _attach = attach
+
+
+def _reduce_gradients(model: nn.Module) -> None:
+    assert _attach is not None
+    _attach(model)
 
 
 def placements_for(plan: Plan, ndim: int, layout: str | None) -> Placements:
@@ -106,10 +118,7 @@ def parallelize(
     for name, module in model.named_modules():
         module.register_forward_pre_hook(_Enter(ledger, name or type(model).__name__))
         module.register_forward_hook(_Leave(), always_call=True)
-    if mesh.size() > 1:
-        from meshwright.sync.reducer import attach
-
-        attach(model)
+    _reduce_gradients(model)
     return model
 
 
@@ -154,6 +163,8 @@ class _Enter:
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not any(ledger is self.ledger for ledger, _ in where.stack):
             forward_seeded.enter(self.ledger)
+            if _LEDGER in module.__dict__:
+                _reduce_gradients(module)  # a deep copy of a parallelized module has no reducer yet
         where.stack.append((self.ledger, self.name))
 
 

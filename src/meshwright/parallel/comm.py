@@ -85,9 +85,7 @@ def all_gather_stack(local: torch.Tensor, mesh: DeviceMesh, axis: int, cause: Ca
     return out
 
 
-def all_gather_dim(
-    local: torch.Tensor, mesh: DeviceMesh, axis: int, dim: int, size: int, cause: Cause
-) -> torch.Tensor:
+def all_gather_dim(local: torch.Tensor, mesh: DeviceMesh, axis: int, dim: int, size: int, cause: Cause) -> torch.Tensor:
     """The whole of a dim of global `size` from its chunks along `axis`, uneven and empty ones included."""
     ranks = sizes(mesh)[axis]
     if ranks == 1:

@@ -198,5 +198,3 @@ def window(x: Any, dim: int, lo: Sequence[int], hi: Sequence[int]) -> torch.Tens
     wanted = tuple(Interval(a, max(a, b)) for a, b in zip(lo, hi, strict=True))
     line = Line(x._spec.mesh, axis, dim, Cause(x._ledger, (layer(), "window")))
     return fetch(local, x.shape[dim], wanted, line)
-
-

@@ -81,9 +81,7 @@ def gathered(x: Any, dims: Sequence[int], op: str) -> Any:
 
 def made_whole(x: Any, dims: Sequence[int], cause: Cause) -> Any:
     """`x` with the splits of `dims` ended (an exchange that belongs to a rule); differentiable."""
-    target = tuple(
-        REPLICATE if getattr(p, "dim", None) in dims else p for p in placements_of(x)
-    )
+    target = tuple(REPLICATE if getattr(p, "dim", None) in dims else p for p in placements_of(x))
     return redistribute(x, target, cause)
 
 

@@ -98,9 +98,7 @@ def _kernel(
     zeros = [0] * len(alike)
     order = _order(x, alike)
     if order is None:
-        return torch.ops.aten.convolution(
-            x, weight, bias, conv.stride, alike, conv.dilation, False, zeros, conv.groups
-        )
+        return torch.ops.aten.convolution(x, weight, bias, conv.stride, alike, conv.dilation, False, zeros, conv.groups)
     x, weight = _permuted([x, weight], order)
     stride, pad, dilation = ([values[dim] for dim in order] for values in (conv.stride, alike, conv.dilation))
     out = torch.ops.aten.convolution(x, weight, bias, stride, pad, dilation, False, zeros, conv.groups)
@@ -150,9 +148,7 @@ def _kernel_backward(
     order = _order(x, alike)
     backward = torch.ops.aten.convolution_backward
     if order is None:
-        out = backward(
-            grad, x, weight, bias_sizes, conv.stride, alike, conv.dilation, False, zeros, conv.groups, mask
-        )
+        out = backward(grad, x, weight, bias_sizes, conv.stride, alike, conv.dilation, False, zeros, conv.groups, mask)
         return tuple(out)  # type: ignore[return-value]
     grad, x, weight = _permuted([grad, x, weight], order)
     stride, pad, dilation = ([values[dim] for dim in order] for values in (conv.stride, alike, conv.dilation))

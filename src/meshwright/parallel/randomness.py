@@ -110,9 +110,7 @@ def bits(key: int, mesh: Any, placements: Placements, shape: tuple[int, ...], de
     return (_hash(_hash(index ^ key) + key) >> 11) & ((1 << 53) - 1)
 
 
-def uniform(
-    key: int, mesh: Any, placements: Placements, shape: tuple[int, ...], device: torch.device
-) -> torch.Tensor:
+def uniform(key: int, mesh: Any, placements: Placements, shape: tuple[int, ...], device: torch.device) -> torch.Tensor:
     """Uniform numbers in [0, 1), fp64, for this rank's part."""
     return bits(key, mesh, placements, shape, device).double() * 2.0**-53
 

@@ -110,8 +110,7 @@ class _ToLocal(Function):
         spec = x._spec
         ctx.source = spec.mesh, tuple(spec.shape), x._ledger
         ctx.placements = tuple(
-            PARTIAL if axis in grad_axes and not isinstance(p, Shard) else p
-            for axis, p in enumerate(spec.placements)
+            PARTIAL if axis in grad_axes and not isinstance(p, Shard) else p for axis, p in enumerate(spec.placements)
         )
         ctx.set_materialize_grads(False)
         local: torch.Tensor = x._local_tensor

@@ -20,6 +20,7 @@ from torch.autograd import Variable
 
 from meshwright.errors import ExchangeError, UnsupportedError
 from meshwright.parallel.account import totals
+from meshwright.parallel.apply import set_reducer
 from meshwright.parallel.layout import REPLICATE, partial_axes
 from meshwright.parallel.mesh import reduction_groups, sizes
 from meshwright.parallel.tensor import MeshOps, spec_of
@@ -143,11 +144,16 @@ _reducers: weakref.WeakKeyDictionary[torch.nn.Module, Reducer] = weakref.WeakKey
 
 
 def attach(module: torch.nn.Module) -> None:
-    """Reduce the gradients of `module` from now on."""
+    """Reduce the gradients of `module` from now on; nothing to do on one rank or where it is done already."""
+    if module in _reducers:
+        return
     mesh = next((p._spec.mesh for p in module.parameters() if isinstance(p, MeshOps)), None)
-    if mesh is not None:
+    if mesh is not None and mesh.size() > 1:
         reduction_groups(mesh)
     _reducers[module] = Reducer(module)
+
+
+set_reducer(attach)
 
 
 @contextmanager

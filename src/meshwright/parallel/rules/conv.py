@@ -244,9 +244,7 @@ def conv(
             f"groups={groups} expects {weight.shape[1] * groups}"
         )
     cause = cause_for("convolution", x, weight)
-    sizes_out = [
-        (shape[i + 2] + sum(ends[i]) - reach[i] - 1) // stride[i] + 1 for i in range(n)
-    ]
+    sizes_out = [(shape[i + 2] + sum(ends[i]) - reach[i] - 1) // stride[i] + 1 for i in range(n)]
     if min(sizes_out) < 1:
         raise RuntimeError(f"convolution: kernel {kernel} with dilation {dilation} exceeds the padded input {shape}")
     axes = split_axes(placements)
@@ -297,9 +295,9 @@ def conv_transpose(
     x, weight, bias = (as_mesh(v, mesh) for v in (input, weight, bias))
     n = weight.ndim - 2
     if x.ndim == n + 1:
-        return conv_transpose(
-            x.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation
-        ).squeeze(0)
+        return conv_transpose(x.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation).squeeze(
+            0
+        )
     x, weight, bias = autocast(x, weight, bias)
     native = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[n]
     stride, dilation, padding = tuple_of(stride, n), tuple_of(dilation, n), tuple_of(padding, n)
@@ -313,8 +311,7 @@ def conv_transpose(
     b = None if bias is None else to_local(bias, axes)
     kernel = tuple(weight.shape[2:])
     sizes_out = [
-        (shape[i + 2] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + extra[i] + 1
-        for i in range(n)
+        (shape[i + 2] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + extra[i] + 1 for i in range(n)
     ]
     out_shape = (shape[0], weight.shape[1] * groups, *sizes_out)
     local_pad, local_extra, crops = list(padding), list(extra), []
@@ -343,8 +340,8 @@ def conv_transpose(
         exact = False
     else:
         exact = all(
-            start == out.lo and (local.shape[dim] - 1) * stride[dim - 2] + dilation[dim - 2] * (kernel[dim - 2] - 1) + 1
-            == out.size
+            start == out.lo
+            and (local.shape[dim] - 1) * stride[dim - 2] + dilation[dim - 2] * (kernel[dim - 2] - 1) + 1 == out.size
             for dim, out, start in crops
         )
         y = native(local, w, b if exact else None, stride, local_pad, local_extra, groups, dilation)
@@ -365,4 +362,3 @@ def _crop(y: torch.Tensor, dim: int, start: int, out: Interval) -> torch.Tensor:
         pad = [0, 0] * (y.ndim - 1 - dim) + [max(0, -lo), missing - max(0, -lo)]
         y = F.pad(y, pad)
     return y
-

@@ -55,7 +55,10 @@ def many(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 @operator(
-    aten.new_zeros.default, aten.new_ones.default, aten.new_empty.default, aten.new_full.default,
+    aten.new_zeros.default,
+    aten.new_ones.default,
+    aten.new_empty.default,
+    aten.new_full.default,
     aten.new_empty_strided.default,
     linear=True,
 )

@@ -24,7 +24,7 @@ def _plan(left: Placements, right: Placements, batch: int) -> tuple[Placements, 
     for p, q in zip(left, right, strict=True):
         if isinstance(p, Shard) and p.dim < batch:
             triple = (p, p, p)
-        elif isinstance(p, Shard) and p.dim == inner or isinstance(p, Replicate) and q == Shard(rows):
+        elif (isinstance(p, Shard) and p.dim == inner) or (isinstance(p, Replicate) and q == Shard(rows)):
             triple = (Shard(inner), Shard(rows), PARTIAL)
         elif isinstance(p, Shard) and p.dim == rows:
             triple = (p, REPLICATE, p)
@@ -52,8 +52,7 @@ def product(func: Any, args: Any, kwargs: Any) -> Any:
     batch = left.ndim - 2
     first, second, out = _plan(places[0], places[1], batch)
     parts = [
-        placed(t, p, cause) if isinstance(t, MeshOps) else cut(t, p, mesh)
-        for t, p in ((left, first), (right, second))
+        placed(t, p, cause) if isinstance(t, MeshOps) else cut(t, p, mesh) for t, p in ((left, first), (right, second))
     ]
     shape = (*left.shape[:-1], right.shape[-1])
     local = (torch.bmm if batch else torch.mm)(*parts)

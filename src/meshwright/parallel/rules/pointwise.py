@@ -25,7 +25,7 @@ from meshwright.parallel.operators import (
     set_pointwise,
     summed,
 )
-from meshwright.parallel.tensor import MeshOps, like, wrap
+from meshwright.parallel.tensor import MeshOps, MeshParameter, like, wrap
 
 aten = torch.ops.aten
 POINTWISE |= {
@@ -61,14 +61,22 @@ POINTWISE |= {
     if hasattr(getattr(aten, name, None), overload)
 }
 LINEAR |= {aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.clone.default, aten._to_copy.default}
-_BINARY_LINEAR = {aten.add.Tensor, aten.sub.Tensor, aten.add_.Tensor, aten.mul.Tensor, aten.div.Tensor, aten.copy_.default}
+_BINARY_LINEAR = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.add_.Tensor,
+    aten.mul.Tensor,
+    aten.div.Tensor,
+    aten.copy_.default,
+}
 LINEAR |= _BINARY_LINEAR
 
 
 def aligned(placements: Placements, offset: int, shape: tuple[int, ...]) -> Placements:
     """Placements of the broadcast result, seen from an operand whose dims start at `offset` of it."""
     return tuple(
-        Shard(p.dim - offset) if isinstance(p, Shard) and p.dim >= offset and shape[p.dim - offset] != 1
+        Shard(p.dim - offset)
+        if isinstance(p, Shard) and p.dim >= offset and shape[p.dim - offset] != 1
         else (REPLICATE if isinstance(p, Shard) else p)
         for p in placements
     )
@@ -88,7 +96,8 @@ def common_layout(tensors: list[Any], shape: tuple[int, ...]) -> Placements:
     for t in tensors:
         offset = len(shape) - len(t._spec.shape)
         kept = tuple(
-            Shard(p.dim + offset) if isinstance(p, Shard) and t._spec.shape[p.dim] == shape[p.dim + offset]
+            Shard(p.dim + offset)
+            if isinstance(p, Shard) and t._spec.shape[p.dim] == shape[p.dim + offset]
             else REPLICATE
             for p in t._spec.placements
         )
@@ -130,10 +139,9 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     elif all(isinstance(t, MeshOps) for t in args[:2]) and args[0].shape == args[1].shape:
         left, right = args[0], args[1]
         target = tuple(
-            b if partial_axes((b,)) else a
-            for a, b in zip(left._spec.placements, right._spec.placements, strict=True)
+            b if partial_axes((b,)) else a for a, b in zip(left._spec.placements, right._spec.placements, strict=True)
         )
-        if not splits(target):
+        if not splits(target) and not (func is aten.add_.Tensor and isinstance(left, MeshParameter)):
             a, b = placed(left, target, cause), placed(right, target, cause)
             if func is aten.add_.Tensor:  # gradients that accumulate: a sum may become a summand again
                 local = a.add_(b, **kwargs)

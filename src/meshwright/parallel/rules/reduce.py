@@ -6,6 +6,7 @@ The exchange carries the reduced result only (never the input), so its bytes do 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_gather_stack, all_reduce
 from meshwright.parallel.layout import Placements, local_shape, moved, owned, splits
-from meshwright.parallel.operators import cause_of, fallback, operator
+from meshwright.parallel.operators import cause_of, fallback, operator, placed
 from meshwright.parallel.tensor import wrap
 
 aten = torch.ops.aten
@@ -37,9 +38,7 @@ class Reduction:
             if keepdim
             else tuple(self.shape[dim] for dim in kept)
         )
-        self.mapping = tuple(
-            None if dim in self.dims else (dim if keepdim else kept.index(dim)) for dim in range(ndim)
-        )
+        self.mapping = tuple(None if dim in self.dims else (dim if keepdim else kept.index(dim)) for dim in range(ndim))
         self.ledger = x._ledger
         self.local: torch.Tensor = x._local_tensor
 
@@ -140,27 +139,27 @@ def prod(func: Any, args: Any, kwargs: Any) -> Any:
     return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args), kind) if r.axes else local)
 
 
-def merged_moments(r: Reduction, cause: Cause) -> tuple[torch.Tensor, torch.Tensor]:
-    """Global mean and sum of squared deviations, dims kept, in at least fp32 (fp64 while merging).
+def merged_moments(
+    local: torch.Tensor, dims: Sequence[int], mesh: DeviceMesh, axes: Sequence[int], cause: Cause
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sum of squared deviations over `dims` of the parts of all ranks along `axes`; dims kept, fp64.
 
-    The ranks' own mean and deviations are merged pairwise-stably (Chan, Golub and LeVeque 1979), so inputs with
-    a large offset keep their variance.
+    The ranks' own moments are merged stably (Chan, Golub and LeVeque 1979), so inputs with a large offset keep
+    their variance.
     """
-    wide = torch.float32 if r.local.dtype in (torch.bfloat16, torch.float16) else r.local.dtype
-    here = math.prod(r.local.shape[dim] for dim in r.dims)
-    shape = [1 if dim in r.dims else size for dim, size in enumerate(r.local.shape)]
-    if here and r.local.numel():
-        var, mean = torch.var_mean(r.local.to(wide), r.dims, correction=0, keepdim=True)
+    wide = local.float() if local.dtype in (torch.bfloat16, torch.float16) else local
+    here = math.prod(local.shape[dim] for dim in dims)
+    if here and local.numel():
+        var, mean = torch.var_mean(wide, list(dims), correction=0, keepdim=True)
     else:
-        var = mean = r.local.new_zeros(shape, dtype=wide)
+        shape = [1 if dim in dims else size for dim, size in enumerate(local.shape)]
+        var = mean = wide.new_zeros(shape)
     mean, deviation = mean.double(), var.double() * here
-    count = mean.new_full((), here)
-    for axis in r.axes:
-        packed = torch.stack([mean, deviation, count.expand_as(mean)])
-        means, deviations, counts = all_gather_stack(packed, r.mesh, axis, cause).unbind(1)
-        count = counts.sum(0).flatten()[0] if counts.numel() else count
-        total = counts.sum(0).clamp(min=1)
-        mean = (means * counts).sum(0) / total
+    count = torch.full_like(mean, here)
+    for axis in axes:
+        means, deviations, counts = all_gather_stack(torch.stack([mean, deviation, count]), mesh, axis, cause).unbind(1)
+        count = counts.sum(0)
+        mean = (means * counts).sum(0) / count.clamp(min=1)
         deviation = deviations.sum(0) + (counts * (means - mean) ** 2).sum(0)
     return mean, deviation
 
@@ -174,7 +173,7 @@ def variance(func: Any, args: Any, kwargs: Any) -> Any:
     if not r.axes:
         out = func(r.local, *args[1:], **kwargs)
         return tuple(r.done(o) for o in out) if isinstance(out, tuple) else r.done(out)
-    mean, deviation = merged_moments(r, cause_of(func, args))
+    mean, deviation = merged_moments(r.local, r.dims, r.mesh, r.axes, cause_of(func, args))
     correction = 1 if a["correction"] is None else a["correction"]
     var = deviation / max(0, r.count - correction) if r.count > correction else deviation * math.nan
     value = var.sqrt() if "std" in func._schema.name else var
@@ -263,8 +262,6 @@ def softmax_backward(func: Any, args: Any, kwargs: Any) -> Any:
     """The gradient of softmax; over a split dim with the global sum."""
     grad, output, dim, dtype = args
     if grad._spec.placements != output._spec.placements:
-        from meshwright.parallel.operators import placed
-
         target = tuple(output._spec.placements)
         local = placed(grad, target, cause_of(func, args))
         grad = wrap(local, output._spec.mesh, target, tuple(output._spec.shape), output._ledger)

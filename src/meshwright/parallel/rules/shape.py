@@ -93,9 +93,7 @@ def expand(func: Any, args: Any, kwargs: Any) -> Any:
     x = reshard(x, wide, cause_of(func, args))
     mesh, placements, shape = _parts(x)
     lead = len(args[1]) - len(shape)
-    target = tuple(
-        shape[dim - lead] if size == -1 else size for dim, size in enumerate(args[1])
-    )
+    target = tuple(shape[dim - lead] if size == -1 else size for dim, size in enumerate(args[1]))
     new = moved(placements, tuple(dim + lead for dim in range(len(shape))))
     local = list(target)
     for _, dim in splits(new):
@@ -375,7 +373,9 @@ def flip(func: Any, args: Any, kwargs: Any) -> Any:
     for dim in dims:
         axis = axis_of(placements, dim)
         if axis is not None:
-            wanted = tuple(Interval(shape[dim] - c.hi, shape[dim] - c.lo) for c in chunks(shape[dim], sizes(mesh)[axis]))
+            wanted = tuple(
+                Interval(shape[dim] - c.hi, shape[dim] - c.lo) for c in chunks(shape[dim], sizes(mesh)[axis])
+            )
             local = fetch(local, shape[dim], wanted, Line(mesh, axis, dim, cause))
     return wrap(local.flip(dims), mesh, placements, shape, x._ledger)
 
@@ -426,4 +426,3 @@ def roll(func: Any, args: Any, kwargs: Any) -> Any:
             head = slice_(aten.slice.Tensor, (x, dim, 0, at), {})
             x = cat(aten.cat.default, ([tail, head], dim), {})
     return x
-
