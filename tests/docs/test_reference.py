@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
+import pkgutil
 import re
 from pathlib import Path
 
@@ -24,14 +26,22 @@ def module_constants() -> dict[str, str]:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
             if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
                 continue
-            target = node.targets[0] if isinstance(node, ast.Assign) else node.target
-            if not isinstance(target, ast.Name) or not re.fullmatch(r"_?[A-Z][A-Z0-9_]+", target.id):
-                continue
-            text = ast.unparse(node.value)
-            registry = text in ("{}", "[]", "set()")  # filled elsewhere: no value to give a reason for
-            if is_number(node.value) or not (registry or target.id.startswith("_")):
-                found[f"{module}.{target.id}"] = text
+            targets: list[ast.expr] = node.targets if isinstance(node, ast.Assign) else [node.target]
+            for target, value in pairs(targets[0], node.value):
+                if not isinstance(target, ast.Name) or not re.fullmatch(r"_?[A-Z][A-Z0-9_]+", target.id):
+                    continue
+                text = ast.unparse(value)
+                registry = text in ("{}", "[]", "set()")  # filled elsewhere: no value to give a reason for
+                if is_number(value) or not (registry or target.id.startswith("_")):
+                    found[f"{module}.{target.id}"] = text
     return found
+
+
+def pairs(target: ast.expr, value: ast.expr) -> list[tuple[ast.expr, ast.expr]]:
+    """`A, B = 1, 2` as (A, 1), (B, 2)."""
+    if isinstance(target, ast.Tuple) and isinstance(value, ast.Tuple):
+        return list(zip(target.elts, value.elts, strict=True))
+    return [(target, value)]
 
 
 def is_number(value: ast.expr) -> bool:
@@ -78,6 +88,14 @@ def plain_signature(function: object) -> str:
         if parameter.name not in ("self", "cls")
     ]
     return str(inspect.Signature(parameters))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def every_module_imported() -> None:
+    """A module may not shadow a public name when it is imported (`mw.report` and a package `report`)."""
+    for module in pkgutil.walk_packages(mw.__path__, "meshwright."):
+        if not module.name.endswith("__main__"):
+            importlib.import_module(module.name)
 
 
 def test_every_public_name_has_its_entry() -> None:
