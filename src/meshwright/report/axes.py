@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560.0, 60.0, 10.0, 12.0, 44.0
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 560.0, 66.0, 10.0, 12.0, 44.0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from meshwright.report.timing import percentile
 
 _MOST_POINTS = 800  # more than the pixels of a curve
 _MOST_BARS = 200
+_FEWEST_SMOOTHED = 24  # the mean of so few would only bend the curve
 
 
 @dataclass(frozen=True)
@@ -129,9 +130,10 @@ def _figure(label: str, frame: Frame, inner: str, series: Sequence[Series], unit
 
 
 def _curve(frame: Frame, series: Series) -> str:
-    if len(series.x) < 8:
-        return _points(frame, series)
-    raw, line = _path(frame, series.x, series.y), _path(frame, series.x, smooth(series.y))
+    raw = _path(frame, series.x, series.y)
+    if len(series.x) < _FEWEST_SMOOTHED:
+        return f'<path class="line c-{series.colour}" d="{raw}"/>'
+    line = _path(frame, series.x, smooth(series.y))
     return f'<path class="raw c-{series.colour}" d="{raw}"/><path class="line c-{series.colour}" d="{line}"/>'
 
 

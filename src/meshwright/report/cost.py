@@ -57,6 +57,8 @@ def traffic(run: Run) -> str:
     """Bytes per step, windows and statistics apart from gradients."""
     if not run.steps:
         return section("bytes", "Bytes per step", '<p class="none">No step was logged yet.</p>')
+    if not any(step.sent_bytes for step in run.steps):
+        return section("bytes", "Bytes per step", '<p class="none">Rank 0 sent nothing.</p>')
     steps = [step.step for step in run.steps]
     gradients = [float(step.reduced_bytes) for step in run.steps]
     windows = [float(step.sent_bytes - step.reduced_bytes) for step in run.steps]
@@ -128,10 +130,11 @@ def memory(run: Run) -> str:
 
 def layers(run: Run) -> str:
     """Bytes per layer, largest first; what had to be gathered stands out."""
-    if not run.layers:
-        return section("layers", "Layers", '<p class="none">No layer exchanged anything, or none is written yet.</p>')
-    rows = sorted(run.layers, key=lambda r: (-(r.exchanged_bytes + r.gathered_bytes), r.layer, r.op))
-    top = max(1, rows[0].exchanged_bytes + rows[0].gathered_bytes)
+    sent = [row for row in run.layers if row.exchanged_bytes or row.gathered_bytes]
+    if not sent:
+        return section("layers", "Layers", '<p class="none">No layer sent anything, or none is written yet.</p>')
+    rows = sorted(sent, key=lambda r: (-(r.exchanged_bytes + r.gathered_bytes), r.layer, r.op))
+    top = rows[0].exchanged_bytes + rows[0].gathered_bytes
     gathered = sum(row.gathered_bytes for row in rows)
     columns = [Column("Layer", "text"), Column("Operation", "text"), Column("Bytes", "bar"), Column("Exchanged")]
     columns += [Column("Gathered"), Column("Messages")]
@@ -148,9 +151,9 @@ def layers(run: Run) -> str:
     ]
     marked = [row.gathered_bytes > 0 for row in rows]
     verdict = (
-        f"{sum(marked)} of {len(rows)} operations had no local rule and were gathered: {bytes_text(gathered)}."
+        f"{sum(marked)} of {len(rows)} operations below had no local rule and were gathered: {bytes_text(gathered)}."
         if gathered
-        else "Every operation had an exact local rule: nothing was gathered."
+        else "Nothing was gathered: every operation that needed its neighbours exchanged windows only."
     )
     shown = folded("Bytes sent per layer, largest first", columns, cells, marked)
     return section("layers", "Layers", f"<p>{verdict}</p>", shown)

@@ -99,7 +99,7 @@ def _machine(run: Run) -> str:
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
     """Nested JSON as names and texts; sizes in bytes as people read them."""
-    if isinstance(value, dict) and value:
+    if isinstance(value, dict):
         for key, entry in value.items():
             yield from _flat(entry, f"{name} · {key}" if name else str(key))
     elif isinstance(value, list) and any(isinstance(entry, (dict, list)) for entry in value):
@@ -109,8 +109,10 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, str]]:
         yield _spoken(name), ", ".join(map(str, value)) or "none"
     elif name.endswith("_bytes") and isinstance(value, (int, float)):
         yield _spoken(name.removesuffix("_bytes")), bytes_text(value)
+    elif isinstance(value, bool):
+        yield _spoken(name), "yes" if value else "no"
     else:
-        yield _spoken(name), {True: "yes", False: "no", None: "—"}.get(value, str(value)) if value != {} else "none"
+        yield _spoken(name), "unknown" if value is None else str(value)
 
 
 def _spoken(name: str) -> str:

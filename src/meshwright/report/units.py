@@ -47,6 +47,8 @@ def ratio_text(actual: float, ideal: float) -> str:
 def percent_text(part: float, whole: float) -> str:
     """`88 %`; below ten percent with one decimal, so that a small part does not read as none."""
     share = 100 * part / whole if whole else 0.0
+    if 0 < share < 0.05:
+        return "< 0.1 %"
     return f"{share:.1f} %" if 0 < share < 9.95 else f"{share:.0f} %"
 
 

@@ -98,7 +98,7 @@ def test_the_page_carries_the_numbers_of_the_run(make_run):
         "3.00 GiB, of rank 3",
         "10.0 MiB",
         "1.25 ×",
-        "1 of 8 operations",
+        "1 of 7 operations",
         "6.25 MiB",
     ):
         assert expected in plain
@@ -123,6 +123,39 @@ def test_an_unfinished_run_says_so(make_run):
     text = write_report(path).read_text()
     assert "The last logged is no step" in text
     assert "Not validated yet" in text
+
+
+def test_the_machine_reads_as_people_write_it(make_run):
+    path = make_run()
+    machine = {
+        "threads": 1,
+        "avx": True,
+        "memory_bytes": 2**30,
+        "room_bytes": None,
+        "gpus": [{"name": "A"}, {"name": "B"}],
+    }
+    (path / "machine.json").write_text(json.dumps(machine | {"link": {"speed_mbit": 10}, "backends": ["gloo", "mpi"]}))
+    pairs = re.findall(r"<dt>([^<]*)</dt><dd>([^<]*)</dd>", write_report(path).read_text())
+    assert dict(pairs) == {
+        "threads": "1",
+        "avx": "yes",
+        "memory": "1.00 GiB",
+        "room bytes": "unknown",
+        "gpus 0 · name": "A",
+        "gpus 1 · name": "B",
+        "link · speed mbit": "10",
+        "backends": "gloo, mpi",
+    }
+
+
+def test_nothing_sent_is_said(make_run):
+    path = make_run(Plan.uniform())
+    lines = [json.loads(line) | {"sent_bytes": 0, "reduced_bytes": 0} for line in (path / "steps.jsonl").open()]
+    (path / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (path / "layers.json").write_text("[]")
+    text = write_report(path).read_text()
+    assert "Rank 0 sent nothing" in text
+    assert "No layer sent anything" in text
 
 
 def test_nothing_gathered_is_said(make_run):

@@ -86,8 +86,8 @@ def test_smoothing_keeps_lines_ends_and_skips_nan():
 
 
 def test_a_curve_is_broken_where_it_is_not_finite():
-    y = [1.0, 2.0, math.nan, 4.0, math.inf] + [1.0] * 10
-    drawn = curves("x", [Series("loss", "loss", list(range(15)), y)], y_label="loss")
+    y = [1.0, 2.0, math.nan, 4.0, math.inf] + [1.0] * 20
+    drawn = curves("x", [Series("loss", "loss", list(range(25)), y)], y_label="loss")
     raw = re.search(r'class="raw[^"]*" d="([^"]*)"', drawn)
     assert raw
     assert raw.group(1).count("M") == 3
@@ -206,6 +206,7 @@ def test_a_bar_is_to_scale():
         (ratio_text(5, 0), "—"),
         (percent_text(88, 100), "88 %"),
         (percent_text(4, 1000), "0.4 %"),
+        (percent_text(1, 9999), "< 0.1 %"),
         (percent_text(0, 0), "0 %"),
     ],
 )
