@@ -1,0 +1,44 @@
+"""All cases by name, and the worker that runs them on a rank."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import cases_conv
+import cases_norm
+import cases_pool
+import cases_random
+import cases_reduce
+import cases_shape
+import scenarios
+from harness import Case, plan_of
+from harness_driver import Key, run_keys
+from scenario_kit import Scenario
+
+OPERATIONS: list[Case] = [
+    *cases_conv.CASES,
+    *cases_pool.CASES,
+    *cases_norm.CASES,
+    *cases_shape.CASES,
+    *cases_reduce.CASES,
+    *cases_random.CASES,
+]
+KEYS: list[Key] = [(case.name, plan) for case in [*OPERATIONS, *scenarios.SCENARIOS] for plan in case.all_plans()]
+
+
+@lru_cache(maxsize=1)
+def _table() -> dict[str, Case | Scenario]:
+    return {case.name: case for case in [*OPERATIONS, *scenarios.SCENARIOS]}
+
+
+def lookup(name: str) -> Case | Scenario:
+    return _table()[name]
+
+
+def ranks_of(key: Key) -> int:
+    return plan_of(key[1]).ranks
+
+
+def worker(keys: list[Key], folder: str) -> None:
+    """What every rank of a launch runs."""
+    run_keys(lookup, keys, folder)

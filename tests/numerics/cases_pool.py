@@ -1,0 +1,103 @@
+"""Pooling and interpolation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch.nn.functional as F
+from harness import Call, Case, Input
+from harness_bounds import Bound, adaptive, aligned, conv, interpolate
+from torch import nn
+
+SIZES = {1: (3, 4, 21), 2: (2, 4, 11, 13), 3: (3, 4, 9, 10, 7)}
+MAX = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
+AVERAGE = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+ADAPTIVE = {
+    ("avg", 1): nn.AdaptiveAvgPool1d,
+    ("avg", 2): nn.AdaptiveAvgPool2d,
+    ("avg", 3): nn.AdaptiveAvgPool3d,
+    ("max", 1): nn.AdaptiveMaxPool1d,
+    ("max", 2): nn.AdaptiveMaxPool2d,
+    ("max", 3): nn.AdaptiveMaxPool3d,
+}
+CHANNELS = Bound(statistics=lambda shapes: 2 * shapes[0][0] * shapes[0][1])  # one number per sample and channel
+
+
+def pool(
+    kind: str, name: str, ndim: int, k: Any, *, shape: tuple[int, ...] = (), sample: bool = False, **o: Any
+) -> Case:
+    table = MAX if kind == "max" else AVERAGE
+    stage = conv(ndim, k, o.get("stride") or k, o.get("padding", 0), o.get("dilation", 1), o.get("ceil_mode", False))
+    inputs = (Input(shape or SIZES[ndim]),)
+    return Case(f"{kind}_pool{ndim}d_{name}", lambda: table[ndim](k, **o), inputs, Bound((stage,)), sample=sample)
+
+
+def adapt(kind: str, ndim: int, out: tuple[int, ...], shape: tuple[int, ...] = (), sample: bool = False) -> Case:
+    whole = all(size == 1 for size in out)
+    name = "x".join(map(str, out))
+    bound = CHANNELS if whole else Bound((adaptive(*out),))
+    inputs = (Input(shape or SIZES[ndim]),)
+    make = lambda: ADAPTIVE[kind, ndim](out)  # noqa: E731
+    return Case(f"adaptive_{kind}_pool{ndim}d_{name}", make, inputs, bound, sample=sample)
+
+
+def resize(name: str, ndim: int, mode: str, out: tuple[int, ...], *, sample: bool = False, **options: Any) -> Case:
+    call = Call(lambda x: F.interpolate(x, mode=mode, **options))
+    stage = aligned(*out) if options.get("align_corners") else interpolate(mode != "nearest", *out)
+    return Case(f"interpolate{ndim}d_{name}", lambda: call, (Input(SIZES[ndim]),), Bound((stage,)), sample=sample)
+
+
+def scaled(ndim: int, factor: float) -> tuple[int, ...]:
+    return tuple(int(size * factor) for size in SIZES[ndim][2:])
+
+
+CASES = [
+    pool("max", "k2", 1, 2),
+    pool("max", "k3_s2_p1", 1, 3, stride=2, padding=1, sample=True),
+    pool("max", "k2", 2, 2),
+    pool("max", "k3_s2_p1", 2, 3, stride=2, padding=1),
+    pool("max", "k3_d2_ceil", 2, 3, stride=2, padding=1, dilation=2, ceil_mode=True),
+    pool("max", "k2x3", 2, (2, 3), stride=(3, 1)),
+    pool("max", "k2", 3, 2, sample=True),
+    pool("max", "k2_even", 3, 2, shape=(2, 4, 8, 16, 8)),
+    pool("max", "k3_s2_p1", 3, 3, stride=2, padding=1, sample=True),
+    pool("max", "k3_s1_p1", 3, 3, stride=1, padding=1),
+    pool("max", "k2_ceil", 3, 2, ceil_mode=True),
+    pool("avg", "k3_s2_p1", 1, 3, stride=2, padding=1),
+    pool("avg", "k2", 2, 2),
+    pool("avg", "k3_s2_p1", 2, 3, stride=2, padding=1, sample=True),
+    pool("avg", "k3_p1_excluded", 2, 3, stride=2, padding=1, count_include_pad=False),
+    pool("avg", "k3_ceil", 2, 3, stride=2, padding=1, ceil_mode=True),
+    pool("avg", "k3_ceil_excluded", 2, 3, stride=2, padding=1, ceil_mode=True, count_include_pad=False),
+    pool("avg", "k2_divisor", 2, 2, divisor_override=3),
+    pool("avg", "k2", 3, 2),
+    pool("avg", "k3_s2_p1", 3, 3, stride=2, padding=1, sample=True),
+    pool("avg", "k3_s1_p1_excluded", 3, 3, stride=1, padding=1, count_include_pad=False),
+    pool("avg", "k4_s3_ceil_divisor", 3, 4, stride=3, ceil_mode=True, divisor_override=5),
+    adapt("avg", 1, (1,)),
+    adapt("avg", 1, (5,)),
+    adapt("avg", 2, (1, 1), sample=True),
+    adapt("avg", 2, (4, 5)),
+    adapt("avg", 3, (1, 1, 1), sample=True),
+    adapt("avg", 3, (2, 2, 2), shape=(2, 3, 8, 8, 8)),
+    adapt("avg", 3, (3, 5, 2)),
+    adapt("avg", 3, (12, 11, 7)),
+    adapt("max", 1, (3,)),
+    adapt("max", 2, (1, 1)),
+    adapt("max", 2, (7, 4)),
+    adapt("max", 3, (1, 1, 1)),
+    adapt("max", 3, (4, 3, 5), sample=True),
+    resize("nearest_2", 1, "nearest", scaled(1, 2), scale_factor=2),
+    resize("nearest_size", 2, "nearest", (17, 20), size=(17, 20)),
+    resize("nearest_half", 2, "nearest", scaled(2, 0.5), scale_factor=0.5),
+    resize("nearest_exact_size", 2, "nearest-exact", (17, 8), size=(17, 8)),
+    resize("nearest_2", 3, "nearest", scaled(3, 2), scale_factor=2, sample=True),
+    resize("linear_2", 1, "linear", scaled(1, 2), scale_factor=2),
+    resize("bilinear_2", 2, "bilinear", scaled(2, 2), scale_factor=2, sample=True),
+    resize("bilinear_size_down", 2, "bilinear", (7, 6), size=(7, 6)),
+    resize("bilinear_aligned", 2, "bilinear", (23, 19), size=(23, 19), align_corners=True),
+    resize("bilinear_factor", 2, "bilinear", scaled(2, 1.5), scale_factor=1.5, recompute_scale_factor=True),
+    resize("trilinear_2", 3, "trilinear", scaled(3, 2), scale_factor=2, sample=True),
+    resize("trilinear_2_aligned", 3, "trilinear", scaled(3, 2), scale_factor=2, align_corners=True),
+    resize("trilinear_size", 3, "trilinear", (13, 5, 11), size=(13, 5, 11)),
+]

@@ -1,0 +1,125 @@
+"""Whole models, five optimiser steps: what a rank runs and what one device gives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from harness import error, plan_of, whole
+from torch import Tensor, nn
+
+import meshwright as mw
+from meshwright.models import unet3d
+from meshwright.models.cosmoflow import CosmoFlow
+from meshwright.models.small_unet import SmallUNet
+from meshwright.models.unet3d import UNet3D
+
+STEPS = 5
+PLANS = ("one", "d2", "h2", "d2h2", "n2d2", "d4", "d2h2w2", "n2d2h2")
+
+
+@contextmanager
+def _narrow() -> Iterator[None]:
+    """The published 3-D U-Net with an eighth of its channels: the same structure, small enough for eight ranks."""
+    down, bottom, up = ((2, 4), (4, 8), (8, 16)), (16, 32), ((16, 16), (8, 8), (4, 4))
+    with mock.patch.multiple(unet3d, _DOWN=down, _BOTTOM=bottom, _UP=up):
+        yield
+
+
+def _unet3d() -> nn.Module:
+    with _narrow():
+        return UNet3D()
+
+
+def _momentum(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=1e-3)
+
+
+def _adam(parameters: Any) -> torch.optim.Optimizer:
+    return torch.optim.Adam(parameters, lr=2e-3)
+
+
+@dataclass(frozen=True)
+class Model:
+    name: str
+    make: Callable[[], nn.Module]
+    optimizer: Callable[[Any], torch.optim.Optimizer]
+    shape: tuple[int, ...]
+    classes: int  # 0: regression to four numbers
+    plans: tuple[str, ...] = PLANS
+
+
+MODELS = {
+    model.name: model
+    for model in (
+        Model("small_unet_batch", lambda: SmallUNet(base=4), _momentum, (2, 1, 13, 12, 9), 3),
+        Model("small_unet_group", lambda: SmallUNet(base=4, norm="group"), _adam, (2, 1, 16, 12, 8), 3),
+        Model("small_unet_plain", lambda: SmallUNet(base=4, norm="none"), _adam, (2, 1, 10, 11, 8), 3),
+        Model("unet3d", _unet3d, _momentum, (2, 1, 16, 16, 16), 3),
+        Model(
+            "cosmoflow",
+            lambda: CosmoFlow(128, in_channels=1, width=1, batch_norm=True, keep=1.0),
+            _adam,
+            (1, 1, 128, 128, 128),
+            0,
+            ("one", "d2", "d4", "d2h2w2"),
+        ),
+    )
+}
+
+
+def _data(model: Model, step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 + step)
+    x = torch.randn(model.shape, generator=generator, dtype=torch.float64)
+    if model.classes:
+        return x, torch.randint(0, model.classes, (model.shape[0], *model.shape[2:]), generator=generator)
+    return x, torch.randn((model.shape[0], 4), generator=generator, dtype=torch.float64)
+
+
+def train(model: Model, plan: mw.Plan | None) -> dict[str, Tensor]:
+    """Weights, buffers and losses after the steps, under a plan or (None) as plain torch."""
+    torch.manual_seed(7)
+    module = model.make().double()
+    if plan is not None:
+        mw.parallelize(module, plan, strict=True)
+    optimizer = model.optimizer(module.parameters())
+    found: dict[str, Tensor] = {}
+    for step in range(STEPS):
+        x, target = _data(model, step)
+        if plan is not None:
+            x = mw.shard(x, plan)
+            target = mw.shard(target, plan, layout="NDHW" if model.classes else None)
+        y = module(x)
+        loss = F.cross_entropy(y, target) if model.classes else F.mse_loss(y, target)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found[f"loss {step}"] = torch.tensor(loss.item(), dtype=torch.float64)
+    return found | {name: whole(value) for name, value in module.state_dict().items()}
+
+
+def save_reference(name: str, folder: Path) -> None:
+    torch.set_num_threads(1)
+    values = train(MODELS[name], None)
+    np.savez(folder / f"{name}.npz", **{key: value.numpy() for key, value in values.items()})
+
+
+def worker(names: list[tuple[str, str]], folder: str) -> dict[str, dict[str, float]]:
+    """Errors of every (model, plan), the same on every rank."""
+    torch.set_num_threads(1)
+    found: dict[str, dict[str, float]] = {}
+    for name, plan in names:
+        ours = train(MODELS[name], plan_of(plan))
+        with np.load(Path(folder) / f"{name}.npz", allow_pickle=False) as truth:
+            assert set(ours) == set(truth.files), sorted(set(ours) ^ set(truth.files))
+            found[f"{name}-{plan}"] = {
+                key: error(value, torch.from_numpy(truth[key]), 1e-3) for key, value in ours.items()
+            }
+    return found

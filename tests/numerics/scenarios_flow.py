@@ -1,0 +1,157 @@
+"""Ways to run forward and backward: recomputation, precision, formats, no_grad, accumulation."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from harness import whole
+from scenario_kit import Errors, against, gradients, net, objective, sample, trained
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
+
+import meshwright as mw
+from meshwright.parallel.account import totals
+
+
+def recompute(reentrant: bool) -> Callable[[mw.Plan], Errors]:
+    def run(plan: mw.Plan) -> Errors:
+        plain, x = net(), sample()
+        module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+        module.recompute = plain.recompute = reentrant
+        return against(trained(module, mw.shard(x, plan)), trained(plain, x))
+
+    return run
+
+
+def recompute_dropout(plan: mw.Plan) -> Errors:
+    """The recomputed forward draws the masks of the first one: the same gradients as without recomputation."""
+
+    class Dropping(nn.Module):
+        def __init__(self, again: bool) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Conv3d(3, 4, 3, padding=1), nn.Dropout(0.5), nn.Tanh(), nn.Dropout(0.2))
+            self.again = again
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.body, x, use_reentrant=False) if self.again else self.body(x)
+
+    found = []
+    for again in (False, True):
+        torch.manual_seed(5)
+        module = mw.parallelize(Dropping(again).double(), plan, strict=True)
+        found.append(trained(module, mw.shard(sample(), plan)))
+    return against(found[1], found[0])
+
+
+def autocast_bf16(plan: mw.Plan) -> Errors:
+    """Under bf16 autocast the distance to fp64 is that of one device (times 2), for output and gradients."""
+    exact, plain = net(), net(dtype=torch.float32)
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    x = sample()
+
+    def run(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            y = model(value)
+        assert y.dtype == torch.bfloat16, y.dtype
+        objective(y.float()).backward()
+        return {"output": whole(y), **gradients(model)}
+
+    y = exact(x)
+    objective(y).backward()
+    truth = {"output": y.detach(), **gradients(exact)}
+    one = against(run(plain, x.float()), truth)
+    ours = against(run(module, mw.shard(x.float(), plan)), truth)
+    return {name: max(0.0, ours[name] / max(2 * one[name], 1e-2) - 1) for name in truth}
+
+
+def module_bf16(plan: mw.Plan) -> Errors:
+    plain = net().to(torch.bfloat16)
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    x = sample(dtype=torch.bfloat16)
+    exact = copy.deepcopy(plain).double()
+    truth, one = trained(exact, x.double()), trained(plain, x)
+    ours = against(trained(module, mw.shard(x, plan)), truth)
+    own = against(one, truth)
+    return {name: max(0.0, ours[name] / max(2 * own[name], 2e-2) - 1) for name in truth}
+
+
+def channels_last(plan: mw.Plan) -> Errors:
+    plain, x = net(), sample()
+    module = mw.parallelize(copy.deepcopy(plain).to(memory_format=torch.channels_last_3d), plan, strict=True)
+    split = mw.shard(x.to(memory_format=torch.channels_last_3d), plan)
+    assert split.is_contiguous(memory_format=torch.channels_last_3d), split.stride()
+    y = module(split)
+    local = y.to_local()
+    if local.numel() and min(local.shape[1:]) > 1:
+        assert local.is_contiguous(memory_format=torch.channels_last_3d), f"local strides {local.stride()}"
+    objective(y).backward()
+    return against({"output": whole(y), **gradients(module)}, {"output": plain(x).detach(), **trained(plain, x)})
+
+
+def no_grad_eval(plan: mw.Plan) -> Errors:
+    plain, x = net().eval(), sample()
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    with torch.no_grad():
+        y = module(mw.shard(x, plan))
+        assert not y.requires_grad
+        assert not module.training
+        return against({"output": whole(y)}, {"output": plain(x)})
+
+
+def inference_mode(plan: mw.Plan) -> Errors:
+    plain, x = net().eval(), sample()
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    with torch.inference_mode():
+        return against({"output": module(mw.shard(x, plan)).full_tensor().clone()}, {"output": plain(x).clone()})
+
+
+def autograd_grad(plan: mw.Plan) -> Errors:
+    plain, x = net(), sample()
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    found: list[dict[str, Tensor]] = []
+    for model, value in ((module, mw.shard(x, plan)), (plain, x)):
+        value.requires_grad_()
+        wanted = {"input": value, **dict(model.named_parameters())}
+        grads = torch.autograd.grad(objective(model(value)), list(wanted.values()))
+        if model is module:
+            assert all(isinstance(g, DTensor) for g in grads)
+            assert all(p.grad is None for p in model.parameters())
+        found.append({name: whole(g) for name, g in zip(wanted, grads, strict=True)})
+    return against(*found)
+
+
+def no_sync(plan: mw.Plan) -> Errors:
+    """Two accumulated micro batches and one synchronised equal the sum; nothing is reduced before."""
+    plain = net()
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    parts = [sample(seed) for seed in (11, 12, 13)]
+    before = totals.copy()
+    with mw.no_sync(module):
+        for x in parts[:2]:
+            objective(module(mw.shard(x, plan))).backward()
+    assert (totals - before).reduced_bytes == 0, "gradients were reduced under no_sync"
+    objective(module(mw.shard(parts[2], plan))).backward()
+    for x in parts:
+        objective(plain(x)).backward()
+    return against(gradients(module), gradients(plain))
+
+
+def accumulate(plan: mw.Plan) -> Errors:
+    """Two backward passes without zero_grad."""
+    plain, x = net(), sample()
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    return against(trained(module, mw.shard(x, plan), steps=2), trained(plain, x, steps=2))
+
+
+def two_losses_one_graph(plan: mw.Plan) -> Errors:
+    """`retain_graph`, and a loss of two outputs."""
+    plain, x = net(), sample()
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    for model, value in ((module, mw.shard(x, plan)), (plain, x)):
+        y = model(value)
+        objective(y).backward(retain_graph=True)
+        y.mean().backward()
+    return against(gradients(module), gradients(plain))
