@@ -38,7 +38,7 @@ def meet() -> float:
 
 
 def surroundings() -> dict[str, Any]:
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MARK")
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "GLOO_SOCKET_IFNAME", "MARK")
     found: dict[str, Any] = {name: os.environ.get(name) for name in names}
     found["backend"] = dist.get_backend()
     found["launcher"] = Cluster.detect().launcher

@@ -54,6 +54,7 @@ def test_the_surroundings_exist_before_the_function(monkeypatch: pytest.MonkeyPa
             "WORLD_SIZE": "2",
             "LOCAL_WORLD_SIZE": "2",
             "MASTER_ADDR": "127.0.0.1",
+            "GLOO_SOCKET_IFNAME": "lo0" if sys.platform == "darwin" else "lo",
             "MARK": "set after the first launch",
             "backend": "cpu:gloo,cuda:nccl" if torch.cuda.device_count() >= 2 else "gloo",
             "launcher": "meshwright",
