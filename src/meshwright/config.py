@@ -38,23 +38,25 @@ class DataConfig:
     """Which volumes. `mni152` is the template inside nilearn; `folder` reads `images` and `labels` (NIfTI)."""
 
     name: Literal["mni152", "folder"] = "mni152"
-    resolution_mm: float = 2.0
-    fold: int = 0
-    hemisphere: bool = True  # one hemisphere only (mni152): the template is mirror-symmetric to the bit
-    images: str | None = None
+    resolution_mm: int = 2  # mni152: 1 to 4
+    fold: int = 0  # mni152: 0 trains on the first planes, 1 on the last
+    hemisphere: Literal["both", "left"] = "both"
+    crop: bool = True  # mni152: the box around the brain instead of all planes
+    images: str | None = None  # folder: a file pattern such as scans/*_t1.nii.gz
     labels: str | None = None
-    validation: int = 1  # folder: how many of the last cases are held out
-    classes: tuple[str, ...] = ("other", "grey", "white")
+    classes: tuple[str, ...] = ()  # folder: the names of the label values 0, 1, 2 …
+    intensity: tuple[float, ...] | None = None  # folder: centre and spread; None: measured in each image
+    held_out: float = 0.2  # folder: the share of the cases, the last ones, that only validates
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network: its name in `meshwright.models` and its sizes."""
+    """The network: its name in `meshwright.models` and its sizes (`unet3d` has fixed ones)."""
 
     name: Literal["small_unet", "unet3d"] = "small_unet"
     base: int = 8
     levels: int = 3
-    norm: Literal["batch", "group", "instance"] = "batch"
+    norm: Literal["batch", "group", "none"] = "batch"
 
 
 @dataclass(frozen=True)
@@ -70,15 +72,24 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Steps, arithmetic, augmentation and the loss: `cross_entropy` × CE + `dice` × (1 − soft Dice)."""
+    """Steps, arithmetic, augmentation and the loss: `cross_entropy` × CE + `dice` × soft Dice."""
 
     steps: int = 150
-    batch: int = 1
-    precision: Literal["fp32", "bf16"] = "bf16"
-    augment: bool = True
+    batch: int | None = None  # samples a step; None: one for each part along the data axis
+    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # bf16: weights fp32, autocast
+    channels_last: bool = True
     cross_entropy: float = 1.0
     dice: float = 1.0
     validate_every: int = 50  # steps between validations; 0: only at the end
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+    """Flips, each with probability one half, and image · (1 ± scale) ± shift, drawn from seed and step."""
+
+    flip: tuple[str, ...] = ()  # of depth, height, width
+    scale: float = 0.2
+    shift: float = 0.2
 
 
 @dataclass(frozen=True)
@@ -102,6 +113,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
@@ -117,7 +129,7 @@ class Config:
         for key, value in whole.items():
             if value is not None and value < 1:
                 raise ConfigError(f"{key} = {value}: at least 1 is needed")
-        positive = {"data.resolution_mm": self.data.resolution_mm, "optim.lr": self.optim.lr}
+        positive = {"optim.lr": self.optim.lr}
         for name, number in positive.items():
             if not 0 < number < float("inf"):
                 raise ConfigError(f"{name} = {number}: a positive number is needed")

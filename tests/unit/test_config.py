@@ -30,7 +30,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 
 def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
-    job = config.load(None, ["optim.lr=3", "data.classes=[a, b]", "ranks=2", "data.resolution_mm=1.5"])
+    job = config.load(None, ["optim.lr=3", "data.classes=[a, b]", "ranks=2", "data.intensity=[1, 2.5]"])
     assert config.load(written(tmp_path, job.yaml())) == job
     # nothing is left to the defaults of a later release
     assert set(yaml.safe_load(job.yaml())["train"]) == set(vars(job.train))
@@ -46,8 +46,8 @@ def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
         ("train.steps=many", ["train.steps = 'many' is text", "expected a whole number"]),
         ("train.steps=1.0", ["train.steps = 1.0 is a number", "expected a whole number"]),
         ("train.steps=true", ["train.steps = True is true or false", "expected a whole number"]),
-        ("train.augment=1", ["train.augment = 1 is a whole number", "expected true or false"]),
-        ("train.precision=fp8", ["train.precision = 'fp8'", "one of fp32, bf16"]),
+        ("data.crop=1", ["data.crop = 1 is a whole number", "expected true or false"]),
+        ("train.precision=fp8", ["train.precision = 'fp8'", "one of bf16, fp32, fp64"]),
         ("optim.lr=1e-3", ["optim.lr = '1e-3'", "expected a number", "write 0.001"]),
         ("data.classes=[a, 3]", ["data.classes[1] = 3", "expected text"]),
         ("data.classes=abc", ["data.classes = 'abc'", "expected a list, each text"]),

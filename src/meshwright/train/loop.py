@@ -26,7 +26,7 @@ from meshwright.train.validate import validate
 
 
 def run(config: Config, run_dir: str, resume: bool = False, quiet: bool = False) -> dict[str, Any]:
-    """Train on this rank until the last step, a signal, or an error; rank 0 writes `run_dir`.
+    """Train on this rank until the last step, a signal, or an error; rank 0 writes `run_dir` (see `rundir.prepare`).
 
     Returns {"rank", "step", "stopped": number of the signal that ended it, or 0, "run": the directory}.
     """

@@ -40,6 +40,8 @@ def middle_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
     with _evaluating(job.model):
         batch = load(job, job.validation, [0])
         prediction = predict(job, batch.image).argmax(dim=1)
+        if isinstance(prediction, DTensor) and isinstance(batch.label, DTensor):
+            prediction = prediction.redistribute(placements=batch.label.placements)
     shape, spacing = job.validation.shape(0), job.validation.spacing_mm(0)
     spans = interval((1, 1, *shape), job.plan, job.rank)
     planes: dict[str, np.ndarray[Any, Any]] = {"shape": np.array(shape), "spacing_mm": np.array(spacing)}
