@@ -17,7 +17,7 @@ from meshwright.errors import MeshwrightError, RankError
 from meshwright.report.console import summary
 from meshwright.report.doctor import doctor
 from meshwright.report.page import write_report
-from meshwright.train import check, job, loop, rundir, signals
+from meshwright.train import check, job, loop, precision, rundir, signals
 
 RUNS = Path("runs")
 
@@ -108,7 +108,7 @@ def _train(args: argparse.Namespace) -> int:
     if args.steps is not None and not args.check:
         settings = config.override(settings, f"train.steps={args.steps}")
     plan = config.resolve_plan(settings, started)
-    settings = replace(settings, ranks=plan.ranks, plan=_absolute(settings.plan))
+    settings = precision.resolve(replace(settings, ranks=plan.ranks, plan=_absolute(settings.plan)))
     if args.print_config:
         print(settings.yaml(), end="")
         return 0

@@ -76,7 +76,7 @@ class TrainConfig:
 
     steps: int = 150
     batch: int | None = None  # samples a step; None: one for each part along the data axis
-    precision: Literal["bf16", "fp32", "fp64"] = "bf16"  # bf16: weights fp32, autocast
+    precision: Literal["auto", "bf16", "fp32", "fp64"] = "auto"  # bf16: weights in fp32, autocast; auto: if it is fast
     channels_last: bool = True
     cross_entropy: float = 1.0
     dice: float = 1.0

@@ -47,7 +47,7 @@ def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
         ("train.steps=1.0", ["train.steps = 1.0 is a number", "expected a whole number"]),
         ("train.steps=true", ["train.steps = True is true or false", "expected a whole number"]),
         ("data.crop=1", ["data.crop = 1 is a whole number", "expected true or false"]),
-        ("train.precision=fp8", ["train.precision = 'fp8'", "one of bf16, fp32, fp64"]),
+        ("train.precision=fp8", ["train.precision = 'fp8'", "one of auto, bf16, fp32, fp64"]),
         ("optim.lr=1e-3", ["optim.lr = '1e-3'", "expected a number", "write 0.001"]),
         ("data.classes=[a, 3]", ["data.classes[1] = 3", "expected text"]),
         ("data.classes=abc", ["data.classes = 'abc'", "expected a list, each text"]),

@@ -24,7 +24,7 @@ from meshwright.models.unet3d import UNet3D
 from meshwright.parallel.apply import from_local, parallelize
 from meshwright.parallel.mesh import default_device
 from meshwright.plan.plan import Plan, interval
-from meshwright.train import optim, state
+from meshwright.train import optim, precision, state
 
 _DTYPE = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 means autocast
 
@@ -97,6 +97,7 @@ def build(
 
     Collective if `split`. Raises `DataError`, `PlanError`, `CheckpointError`, `MismatchError`.
     """
+    config = precision.resolve(config)
     batch_size(config, plan)
     train, validation = sources(config)
     device = default_device()

@@ -22,7 +22,8 @@ class Display:
         self._bar: Progress | None = None
         if self._console.is_terminal and not quiet:
             columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[numbers]}"))
-            self._bar = Progress(*columns, console=self._console)
+            # drawn once a step: a thread that redraws would take time from the step
+            self._bar = Progress(*columns, console=self._console, auto_refresh=False)
             self._task = self._bar.add_task("", total=steps, completed=done, numbers="first step …")
 
     def __enter__(self) -> Display:
@@ -49,7 +50,7 @@ class Display:
             f"{record['samples_per_s']:.2f} samples/s  {_clock(mean_s * (self._steps - step))} left"
         )
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, numbers=numbers)
+            self._bar.update(self._task, completed=step, numbers=numbers, refresh=True)
         else:
             self.say(f"step {step}/{self._steps}  {numbers}")
 
