@@ -19,7 +19,7 @@ from meshwright.parallel.mesh import default_device, mesh_of
 from meshwright.parallel.randomness import forward_seeded
 from meshwright.parallel.redistribute import from_local as _from_local
 from meshwright.parallel.rules.pointwise import cut
-from meshwright.parallel.tensor import MeshOps, MeshParameter, MeshTensor, spec_of, wrap
+from meshwright.parallel.tensor import MeshParameter, MeshTensor, is_mesh, spec_of, wrap
 from meshwright.plan.plan import Plan
 
 _LEDGER = "_meshwright_ledger"
@@ -59,7 +59,8 @@ def shard(x: torch.Tensor, plan: Plan, layout: str | None = None) -> MeshTensor:
     if kept.shape != x.shape:
         kept = kept.clone(memory_format=torch.preserve_format)  # the rest of `x` can be freed
     out = wrap(kept, mesh, placements, shape)
-    return out.requires_grad_(x.requires_grad)
+    out.requires_grad_(x.requires_grad)
+    return out
 
 
 def from_local(part: torch.Tensor, plan: Plan, shape: Any, layout: str | None = None) -> MeshTensor:
@@ -102,7 +103,7 @@ def parallelize(
         seed: the random streams (dropout, noise) are functions of seed, call and global position.
     Raises `PlanError` (ranks do not match), `UnsupportedError` (a parameter that cannot be converted).
     """
-    if any(isinstance(t, MeshOps) for t in model.parameters()):
+    if any(is_mesh(t) for t in model.parameters()):
         raise UnsupportedError(f"{type(model).__name__} is parallelized already; build a new module for another plan")
     place = torch.device(device) if device is not None else default_device()
     mesh = mesh_of(plan, place.type)
@@ -133,7 +134,7 @@ def _convert(tensor: torch.Tensor, name: str, mesh: DeviceMesh, device: torch.de
         )
     local = tensor.detach().to(device)
     spec = spec_of(mesh, replicated(mesh), tuple(tensor.shape), local.stride(), local.dtype)
-    shell = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    shell = torch.Tensor._make_wrapper_subclass(
         MeshParameter,
         tensor.shape,
         strides=local.stride(),

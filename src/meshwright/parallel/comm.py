@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.errors import ExchangeError
 from meshwright.parallel.account import Ledger, sent, totals
+from meshwright.parallel.layout import global_strides
 from meshwright.parallel.mesh import coordinates, group, sizes
 from meshwright.plan.geometry import chunk
 
@@ -85,6 +86,11 @@ def all_gather_stack(local: torch.Tensor, mesh: DeviceMesh, axis: int, cause: Ca
     return out
 
 
+def dense_strides(reference: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
+    """The strides of a dense tensor of `shape` whose dims lie in memory in the order of `reference`."""
+    return global_strides(tuple(shape), reference.stride())
+
+
 def all_gather_dim(local: torch.Tensor, mesh: DeviceMesh, axis: int, dim: int, size: int, cause: Cause) -> torch.Tensor:
     """The whole of a dim of global `size` from its chunks along `axis`, uneven and empty ones included."""
     ranks = sizes(mesh)[axis]
@@ -96,8 +102,9 @@ def all_gather_dim(local: torch.Tensor, mesh: DeviceMesh, axis: int, dim: int, s
         lead = torch.cat([lead, lead.new_zeros((step - lead.shape[0], *lead.shape[1:]))])
     stacked = all_gather_stack(lead, mesh, axis, cause)
     # every chunk before the last filled one is full, so the positions are already in order
-    whole = stacked.flatten(0, 1)[:size]
-    return whole.movedim(0, dim)
+    whole = stacked.flatten(0, 1)[:size].movedim(0, dim)
+    out = torch.empty_strided(whole.shape, dense_strides(local, whole.shape), dtype=local.dtype, device=local.device)
+    return out.copy_(whole)  # dense in the memory order of the part, as one device would hold it
 
 
 def swap_dims(

@@ -21,7 +21,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.account import layer, totals
-from meshwright.parallel.comm import Cause, wait
+from meshwright.parallel.comm import Cause, dense_strides, wait
 from meshwright.parallel.layout import axis_of
 from meshwright.parallel.mesh import coordinates, group, sizes
 from meshwright.parallel.redistribute import to_local
@@ -130,7 +130,7 @@ def _return(grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line)
     own, want = owned[line.me], wanted[line.me]
     shape = list(grad.shape)
     shape[line.dim] = own.size
-    out = torch.empty_strided(shape, _strides_like(grad, shape), dtype=grad.dtype, device=grad.device).zero_()
+    out = torch.empty_strided(shape, dense_strides(grad, shape), dtype=grad.dtype, device=grad.device).zero_()
     span = own.meet(want)
     pieces = posted.pieces()
     if span.size:
@@ -140,23 +140,13 @@ def _return(grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line)
     return out
 
 
-def _strides_like(reference: torch.Tensor, shape: Sequence[int]) -> tuple[int, ...]:
-    order = sorted(range(reference.ndim), key=lambda dim: (reference.stride(dim), -dim))
-    strides, step = [0] * reference.ndim, 1
-    for dim in order:
-        strides[dim] = step
-        step *= max(1, shape[dim])
-    return tuple(strides)
-
-
 class Fetch(Function):
     """Differentiable `_fetch`; its gradient is `Return`, whose gradient is `Fetch` again."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
         ctx.plan = owned, wanted, line
-        out = _fetch(local, owned, wanted, line)
-        return out
+        return _fetch(local, owned, wanted, line)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -181,7 +171,7 @@ def fetch(local: torch.Tensor, size: int, wanted: Intervals, line: Line) -> torc
     owned = chunks(size, line.ranks)
     if owned == wanted:
         return local
-    return Fetch.apply(local, owned, wanted, line)  # type: ignore[no-any-return]
+    return Fetch.apply(local, owned, wanted, line)
 
 
 def window(x: Any, dim: int, lo: Sequence[int], hi: Sequence[int]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from meshwright.parallel.account import layer, totals
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.layout import REPLICATE, Placements, replicated, splits
 from meshwright.parallel.redistribute import from_local, redistribute
-from meshwright.parallel.tensor import FUNCTIONS, MeshOps, ledger_of, wrap
+from meshwright.parallel.tensor import FUNCTIONS, is_mesh, ledger_of, wrap
 
 
 def function(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -33,7 +33,7 @@ def function(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
 
 def as_mesh(value: Any, mesh: DeviceMesh) -> Any:
     """A plain tensor as a mesh tensor, equal on every rank; differentiable. Mesh tensors as they are."""
-    if value is None or isinstance(value, MeshOps):
+    if value is None or is_mesh(value):
         return value
     placements = replicated(mesh)
     if value.requires_grad:
@@ -43,7 +43,7 @@ def as_mesh(value: Any, mesh: DeviceMesh) -> Any:
 
 def mesh_of(*values: Any) -> DeviceMesh:
     """The mesh of the first mesh tensor."""
-    return next(value._spec.mesh for value in values if isinstance(value, MeshOps))
+    return next(value._spec.mesh for value in values if is_mesh(value))
 
 
 def placements_of(x: Any) -> Placements:

@@ -149,7 +149,7 @@ def _kernel_backward(
     backward = torch.ops.aten.convolution_backward
     if order is None:
         out = backward(grad, x, weight, bias_sizes, conv.stride, alike, conv.dilation, False, zeros, conv.groups, mask)
-        return tuple(out)  # type: ignore[return-value]
+        return tuple(out)
     grad, x, weight = _permuted([grad, x, weight], order)
     stride, pad, dilation = ([values[dim] for dim in order] for values in (conv.stride, alike, conv.dilation))
     d_x, d_weight, d_bias = backward(

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from meshwright.cluster.process_group import ensure_process_group
+from meshwright.cluster.process_group import ensure_process_group, set_time_limit
 from meshwright.plan.plan import Plan
 
 _meshes: dict[tuple[object, ...], DeviceMesh] = {}
@@ -22,6 +22,13 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
+def _limited(mesh: DeviceMesh) -> DeviceMesh:
+    """The mesh, with the time limit of an exchange on its groups (torch gives new groups 30 minutes)."""
+    for axis in range(mesh.ndim):
+        set_time_limit(mesh.get_group(axis))
+    return mesh
+
+
 def mesh_of(plan: Plan, device_type: str) -> DeviceMesh:
     """The mesh of a plan; one per plan value and process group. Raises `PlanError` if the ranks do not match."""
     ensure_process_group(plan.ranks)
@@ -29,7 +36,7 @@ def mesh_of(plan: Plan, device_type: str) -> DeviceMesh:
     if key not in _meshes:
         sizes = tuple(axis.size for axis in plan.axes)
         names = tuple(axis.name for axis in plan.axes)
-        _meshes[key] = init_device_mesh(device_type, sizes, mesh_dim_names=names)
+        _meshes[key] = _limited(init_device_mesh(device_type, sizes, mesh_dim_names=names))
     return _meshes[key]
 
 
@@ -60,5 +67,6 @@ def reduction_groups(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, DeviceMesh]:
     share the order of the exchanges. Collective on the first call.
     """
     world = dist.new_group(list(range(mesh.size())))
+    set_time_limit(world)
     names = tuple(mesh.mesh_dim_names or ())
-    return world, init_device_mesh(mesh.device_type, sizes(mesh), mesh_dim_names=names)
+    return world, _limited(init_device_mesh(mesh.device_type, sizes(mesh), mesh_dim_names=names))

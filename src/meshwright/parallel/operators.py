@@ -18,7 +18,7 @@ from meshwright.parallel.account import layer, totals
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.redistribute import move
-from meshwright.parallel.tensor import MeshOps, ledger_of, mesh_tensors, set_dispatcher, wrap
+from meshwright.parallel.tensor import is_mesh, ledger_of, mesh_tensors, set_dispatcher, wrap
 
 Rule = Callable[[Any, Any, Any], Any]
 OPERATORS: dict[Any, Rule] = {}
@@ -88,7 +88,7 @@ def _pointwise(func: Any) -> bool:
 
 def _map(values: Any, change: Callable[[Any], Any]) -> Any:
     """Apply `change` to every mesh tensor in (nested) arguments."""
-    if isinstance(values, MeshOps):
+    if is_mesh(values):
         return change(values)
     if isinstance(values, list | tuple):
         return type(values)(_map(value, change) for value in values)
@@ -101,7 +101,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run one ATen operator on mesh tensors."""
     if mutable(func):
         target = args[0] if args else None
-        if isinstance(target, MeshOps) and getattr(target, "_frozen_view", False):
+        if is_mesh(target) and getattr(target, "_frozen_view", False):
             raise UnsupportedError(
                 f"{func} in layer {layer()!r} writes in place to a slice that had to be copied, because a split dim "
                 "was cut; on one device the base would change too. Write to the base, or clone() the slice first."

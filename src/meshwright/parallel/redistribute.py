@@ -129,7 +129,7 @@ def to_local(x: Any, grad_axes: tuple[int, ...] = ()) -> torch.Tensor:
     so there the gradient is a summand (Partial). A Partial `x` is summed first."""
     if partial_axes(tuple(x._spec.placements)):
         x = redistribute(x, tuple(REPLICATE if isinstance(p, Partial) else p for p in x._spec.placements))
-    return _ToLocal.apply(x, grad_axes)  # type: ignore[no-any-return]
+    return _ToLocal.apply(x, grad_axes)
 
 
 class _FromLocal(Function):
@@ -160,4 +160,4 @@ def from_local(
     ledger: Ledger | None = None,
 ) -> MeshTensor:
     """A mesh tensor of global `shape` from this rank's part; differentiable."""
-    return _FromLocal.apply(local, mesh, placements, shape, ledger)  # type: ignore[no-any-return]
+    return _FromLocal.apply(local, mesh, placements, shape, ledger)

@@ -13,7 +13,7 @@ class is not a DTensor by layout but answers as one (`isinstance(p, DTensor)` ho
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
 from meshwright.errors import UnsupportedError
-from meshwright.parallel.account import Ledger
+from meshwright.parallel.account import Ledger, where
 from meshwright.parallel.layout import Placements, global_strides
 
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
@@ -104,19 +104,24 @@ class MeshOps:
         return self.full_tensor().numpy(force=force)
 
 
-class MeshTensor(MeshOps, DTensor):
+class MeshTensor(MeshOps, DTensor):  # type: ignore[misc]
     """A split or replicated activation. `_ledger` is the record of the module it comes from (None: no module)."""
 
     _ledger: Ledger | None
     _frozen_view: bool  # a copy that one device would hold as a view: in-place writes would be lost, so refused
 
 
-class MeshParameter(MeshOps, torch.Tensor):
+class MeshParameter(MeshOps, torch.Tensor):  # type: ignore[misc]
     """A parameter or buffer of a parallelized module; see the module docstring."""
 
     _ledger: Ledger | None
-    __class__ = property(lambda self: DTensor)  # type: ignore[assignment]
+    __class__ = property(lambda self: DTensor)
     __hash__ = torch.Tensor.__hash__
+
+
+def is_mesh(value: object) -> TypeGuard[Any]:
+    """Whether a value is a mesh tensor (activation or parameter)."""
+    return isinstance(value, MeshOps)
 
 
 def spec_of(
@@ -151,7 +156,7 @@ def wrap(
     spec = spec_of(mesh, placements, shape, strides, local.dtype)
     if local.requires_grad:
         local = local.detach()
-    out = MeshTensor(local, spec, requires_grad=False)  # type: ignore[call-arg]
+    out = MeshTensor(local, spec, requires_grad=False)
     out._ledger = ledger
     out._frozen_view = frozen_view
     return out
@@ -174,5 +179,6 @@ def mesh_tensors(values: Any) -> list[Any]:
 
 
 def ledger_of(values: Any) -> Ledger | None:
-    """The first record found among mesh tensors."""
-    return next((t._ledger for t in mesh_tensors(values) if t._ledger is not None), None)
+    """The record to write to: that of the first mesh tensor that has one, else of the module that runs."""
+    found = next((t._ledger for t in mesh_tensors(values) if t._ledger is not None), None)
+    return found if found is not None or not where.stack else where.stack[-1][0]

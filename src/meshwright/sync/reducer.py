@@ -23,7 +23,7 @@ from meshwright.parallel.account import totals
 from meshwright.parallel.apply import set_reducer
 from meshwright.parallel.layout import REPLICATE, partial_axes
 from meshwright.parallel.mesh import reduction_groups, sizes
-from meshwright.parallel.tensor import MeshOps, spec_of
+from meshwright.parallel.tensor import is_mesh, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -83,7 +83,8 @@ class Reducer:
         self._buckets: list[list[Any]] = [[]]
         self._place: dict[int, int] = {}  # id of a parameter -> its bucket
         nbytes = 0
-        for p in reversed([p for p in module.parameters() if p.requires_grad]):
+        trained: list[Any] = [p for p in module.parameters() if p.requires_grad]
+        for p in reversed(trained):
             if nbytes >= BUCKET_BYTES:
                 self._buckets.append([])
                 nbytes = 0
@@ -147,7 +148,7 @@ def attach(module: torch.nn.Module) -> None:
     """Reduce the gradients of `module` from now on; nothing to do on one rank or where it is done already."""
     if module in _reducers:
         return
-    mesh = next((p._spec.mesh for p in module.parameters() if isinstance(p, MeshOps)), None)
+    mesh = next((p._spec.mesh for p in module.parameters() if is_mesh(p)), None)
     if mesh is not None and mesh.size() > 1:
         reduction_groups(mesh)
     _reducers[module] = Reducer(module)

@@ -1,7 +1,8 @@
 """Convolution and transposed convolution on split space.
 
 Window of a convolution: output [a, b) reads input [a s - p, (b - 1) s - p + d (k - 1) + 1).
-Window of a transposed convolution: output [a, b) reads input [ceil((a + p - d (k - 1)) / s), floor((b - 1 + p) / s) + 1).
+Window of a transposed convolution: output [a, b) reads input
+[ceil((a + p - d (k - 1)) / s), floor((b - 1 + p) / s) + 1).
 
 Convolution is linear, which hides the exchange (docs/windows.md): the local part is convolved with zeros beyond the
 cut while the neighbours' planes travel; then each output plane near the cut gets what those planes add. Nothing is
@@ -97,14 +98,14 @@ class SpatialConv(Function):
                 y.narrow(dim, out, 1).add_(_thin_forward(part, weight.narrow(dim, *taps), conv, pads, out_sizes, dim))
             totals.boundary_s += time.perf_counter() - start
         ctx.spans = [span for span, _ in halos]
-        ctx.constants = conv, pads, out_sizes, cut, bias is not None
+        ctx.constants = conv, pads, cut, bias is not None
         ctx.save_for_backward(x, weight, *(piece for _, piece in halos))
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        conv, pads, out_sizes, cut, has_bias = ctx.constants
+        conv, pads, cut, has_bias = ctx.constants
         x, weight, *pieces = ctx.saved_tensors
         halos = list(zip(ctx.spans, pieces, strict=True))
         mask = (ctx.needs_input_grad[0], ctx.needs_input_grad[1], has_bias and ctx.needs_input_grad[2])
@@ -207,12 +208,11 @@ def _thin_forward(
 
 def _thin_backward(
     grad: torch.Tensor, part: torch.Tensor, weight: torch.Tensor, conv: Conv, pads: Any, dim: int, mask: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Any, ...]:
     part, weight, conv, pads, flat = _thin(part, weight, conv, pads, dim)
     grad = grad.squeeze(dim) if flat else grad
     d_x, d_w, _ = conv_backward(grad, part, weight, conv, pads, (*mask, False))
-    out = tuple(t if t is None or not flat else t.unsqueeze(dim) for t in (d_x, d_w))
-    return out  # type: ignore[return-value]
+    return tuple(t if t is None or not flat else t.unsqueeze(dim) for t in (d_x, d_w))
 
 
 @function(*_CONVS)

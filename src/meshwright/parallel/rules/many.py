@@ -11,7 +11,7 @@ from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import layer
 from meshwright.parallel.layout import REPLICATE, partial_axes, replicated, splits
 from meshwright.parallel.operators import cause_of, mutable, operator, placed
-from meshwright.parallel.tensor import MeshOps, mesh_tensors, wrap
+from meshwright.parallel.tensor import is_mesh, mesh_tensors, wrap
 
 aten = torch.ops.aten
 
@@ -36,7 +36,7 @@ def many(func: Any, args: Any, kwargs: Any) -> Any:
     mesh, cause = tensors[0]._spec.mesh, cause_of(func, args)
 
     def whole(value: Any) -> Any:
-        if isinstance(value, MeshOps):
+        if is_mesh(value):
             if partial_axes(tuple(value._spec.placements)) and mutable(func):
                 value._local_tensor = placed(value, replicated(mesh), cause)
                 value._spec = wrap(value._local_tensor, mesh, replicated(mesh))._spec

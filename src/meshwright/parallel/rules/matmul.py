@@ -10,7 +10,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements
 from meshwright.parallel.operators import cause_of, operator, placed
 from meshwright.parallel.rules.pointwise import cut
-from meshwright.parallel.tensor import MeshOps, wrap
+from meshwright.parallel.tensor import is_mesh, wrap
 
 aten = torch.ops.aten
 
@@ -22,6 +22,7 @@ def _plan(left: Placements, right: Placements, batch: int) -> tuple[Placements, 
     b: list[Any] = []
     c: list[Any] = []
     for p, q in zip(left, right, strict=True):
+        triple: tuple[Any, Any, Any]
         if isinstance(p, Shard) and p.dim < batch:
             triple = (p, p, p)
         elif (isinstance(p, Shard) and p.dim == inner) or (isinstance(p, Replicate) and q == Shard(rows)):
@@ -44,20 +45,19 @@ def _plan(left: Placements, right: Placements, batch: int) -> tuple[Placements, 
 def product(func: Any, args: Any, kwargs: Any) -> Any:
     """`mm`, `bmm`, and with an added term `addmm`, `baddbmm`."""
     added = func in (aten.addmm.default, aten.baddbmm.default)
-    term, (left, right) = (args[0] if added else None), args[1:3] if added else args[:2]
-    reference = next(t for t in (left, right, term) if isinstance(t, MeshOps))
+    term: Any = args[0] if added else None
+    left, right = args[1:3] if added else args[:2]
+    reference = next(t for t in (left, right, term) if is_mesh(t))
     mesh, cause = reference._spec.mesh, cause_of(func, args)
     whole = (REPLICATE,) * mesh.ndim
-    places = [tuple(t._spec.placements) if isinstance(t, MeshOps) else whole for t in (left, right)]
+    places = [tuple(t._spec.placements) if is_mesh(t) else whole for t in (left, right)]
     batch = left.ndim - 2
     first, second, out = _plan(places[0], places[1], batch)
-    parts = [
-        placed(t, p, cause) if isinstance(t, MeshOps) else cut(t, p, mesh) for t, p in ((left, first), (right, second))
-    ]
+    parts = [placed(t, p, cause) if is_mesh(t) else cut(t, p, mesh) for t, p in ((left, first), (right, second))]
     shape = (*left.shape[:-1], right.shape[-1])
     local = (torch.bmm if batch else torch.mm)(*parts)
-    ledger = next((t._ledger for t in (left, right, term) if isinstance(t, MeshOps) and t._ledger), None)
-    result = wrap(local, mesh, out, tuple(shape), ledger)
+    ledger = next((t._ledger for t in (left, right, term) if is_mesh(t) and t._ledger), None)
+    result: Any = wrap(local, mesh, out, tuple(shape), ledger)
     if not added:
         return result
     if any(isinstance(p, Partial) for p in out):

@@ -89,13 +89,18 @@ class Standardize(Function):
 
 
 def _affine(
-    value: Any, view: Sequence[int], placements: Placements, axes: tuple[int, ...], cause: Cause
+    value: Any,
+    view: Sequence[int],
+    shape: tuple[int, ...],
+    placements: Placements,
+    axes: tuple[int, ...],
+    cause: Cause,
 ) -> torch.Tensor | None:
     """A weight or bias as a local tensor that broadcasts as `view`: whole, or cut where it spans a split dim."""
     if value is None:
         return None
     value = value.reshape(list(view))
-    seen = aligned(placements, 0, tuple(view))
+    seen = aligned(placements, tuple(view), shape)
     value = redistribute(replicate(value, cause), seen, cause)
     return to_local(value, axes)
 
@@ -109,8 +114,8 @@ def _standardize(
     mine = tuple(axis for axis, dim in splits(placements) if dim in dims)
     y, mean, var = Standardize.apply(
         to_local(x),
-        _affine(weight, view, placements, axes, cause),
-        _affine(bias, view, placements, axes, cause),
+        _affine(weight, view, shape, placements, axes, cause),
+        _affine(bias, view, shape, placements, axes, cause),
         tuple(dims),
         math.prod(shape[dim] for dim in dims),
         eps,
@@ -136,15 +141,13 @@ def batch_norm(
     """Per channel over the whole batch and space; running statistics equal to those of one device."""
     mesh = mesh_of(input, weight, running_mean)
     x = gathered(as_mesh(input, mesh), [1], "batch_norm")
-    weight, bias, running_mean, running_var = (
-        as_mesh(v, mesh) for v in (weight, bias, running_mean, running_var)
-    )
+    weight, bias, running_mean, running_var = (as_mesh(v, mesh) for v in (weight, bias, running_mean, running_var))
     placements, shape = placements_of(x), tuple(x.shape)
     cause, axes = cause_for("batch_norm", x, weight), split_axes(placements)
     if not training or not axes:
-        args = [None if v is None else to_local(v) for v in (running_mean, running_var)]
-        args += [None if v is None else to_local(v, axes) for v in (weight, bias)]
-        y = F.batch_norm(to_local(x), *args, training, 0.0 if momentum is None else momentum, eps)
+        mean, var = (None if v is None else to_local(v) for v in (running_mean, running_var))
+        w, b = (None if v is None else to_local(v, axes) for v in (weight, bias))
+        y = F.batch_norm(to_local(x), mean, var, w, b, training, 0.0 if momentum is None else momentum, eps)
         return from_local(y, mesh, placements, shape, cause.ledger)
     count = math.prod(shape) // max(1, shape[1])
     if count <= 1:
@@ -181,9 +184,7 @@ def instance_norm(
     """Per sample and channel over the whole space."""
     mesh = mesh_of(input, weight, running_mean)
     x = gathered(as_mesh(input, mesh), [1], "instance_norm")
-    weight, bias, running_mean, running_var = (
-        as_mesh(v, mesh) for v in (weight, bias, running_mean, running_var)
-    )
+    weight, bias, running_mean, running_var = (as_mesh(v, mesh) for v in (weight, bias, running_mean, running_var))
     if not use_input_stats:
         return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     shape = tuple(x.shape)
@@ -215,8 +216,8 @@ def group_norm(
         raise RuntimeError(f"group_norm: {shape[1]} channels are not divisible by num_groups={num_groups}")
     cause, axes = cause_for("group_norm", x, weight), split_axes(placements)
     if not any(dim >= 2 for _, dim in splits(placements)):
-        args = [None if v is None else to_local(v, axes) for v in (weight, bias)]
-        y = F.group_norm(to_local(x), num_groups, *args, eps)
+        w, b = (None if v is None else to_local(v, axes) for v in (weight, bias))
+        y = F.group_norm(to_local(x), num_groups, w, b, eps)
         return from_local(y, mesh, placements, shape, cause.ledger)
     per = shape[1] // num_groups
     grouped = x.unflatten(1, (num_groups, per))
@@ -244,11 +245,9 @@ def layer_norm(
     cause, axes = cause_for("layer_norm", x, weight), split_axes(placements)
     dims = list(range(len(shape) - trailing, len(shape)))
     if not any(dim in dims for _, dim in splits(placements)):
-        args = [None if v is None else to_local(replicate(v), axes) for v in (weight, bias)]
-        y = F.layer_norm(to_local(x), list(normalized_shape), *args, eps)
+        w, b = (None if v is None else to_local(replicate(v), axes) for v in (weight, bias))
+        y = F.layer_norm(to_local(x), list(normalized_shape), w, b, eps)
         return from_local(y, mesh, placements, shape, cause.ledger)
     view = [1] * (len(shape) - trailing) + list(normalized_shape)
     y, _, _ = _standardize(x, weight, bias, view, dims, eps, cause)
     return y
-
-

@@ -25,7 +25,7 @@ from meshwright.parallel.operators import (
     set_pointwise,
     summed,
 )
-from meshwright.parallel.tensor import MeshOps, MeshParameter, like, wrap
+from meshwright.parallel.tensor import MeshParameter, is_mesh, like, wrap
 
 aten = torch.ops.aten
 POINTWISE |= {
@@ -72,14 +72,17 @@ _BINARY_LINEAR = {
 LINEAR |= _BINARY_LINEAR
 
 
-def aligned(placements: Placements, offset: int, shape: tuple[int, ...]) -> Placements:
-    """Placements of the broadcast result, seen from an operand whose dims start at `offset` of it."""
-    return tuple(
-        Shard(p.dim - offset)
-        if isinstance(p, Shard) and p.dim >= offset and shape[p.dim - offset] != 1
-        else (REPLICATE if isinstance(p, Shard) else p)
-        for p in placements
-    )
+def aligned(placements: Placements, shape: tuple[int, ...], result: tuple[int, ...]) -> Placements:
+    """Placements of the broadcast `result`, seen from an operand of `shape`: dims it lacks or repeats are whole."""
+    offset = len(result) - len(shape)
+
+    def seen(p: Any) -> Any:
+        if not isinstance(p, Shard):
+            return p
+        dim = p.dim - offset
+        return Shard(dim) if dim >= 0 and shape[dim] == result[p.dim] else REPLICATE
+
+    return tuple(seen(p) for p in placements)
 
 
 def cut(value: torch.Tensor, placements: Placements, mesh: DeviceMesh) -> torch.Tensor:
@@ -112,31 +115,30 @@ def to_parts(
     """Each operand's local part of the broadcast `shape` placed as `target`."""
     parts = []
     for value in values:
-        offset = len(shape) - value.ndim
-        seen = aligned(target, offset, tuple(value.shape))
-        parts.append(placed(value, seen, cause) if isinstance(value, MeshOps) else cut(value, seen, mesh))
+        seen = aligned(target, tuple(value.shape), shape)
+        parts.append(placed(value, seen, cause) if is_mesh(value) else cut(value, seen, mesh))
     return parts
 
 
 def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     """Elementwise work on summands: allowed where it distributes over the sum, else summed first."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
-    summands = [t for t in tensors if isinstance(t, MeshOps) and partial_axes(tuple(t._spec.placements))]
+    summands = [t for t in tensors if is_mesh(t) and partial_axes(tuple(t._spec.placements))]
     cause = cause_of(func, args)
     if len(tensors) == 1:
         return like(func(*(_local(a) for a in args), **kwargs), tensors[0])
     if func in (aten.mul.Tensor, aten.div.Tensor):
         other = args[1]
-        scalar = not isinstance(other, MeshOps) and isinstance(other, torch.Tensor) and other.ndim == 0
+        scalar = not is_mesh(other) and isinstance(other, torch.Tensor) and other.ndim == 0
         if summands[0] is args[0] and scalar:
             return like(func(args[0]._local_tensor, other, **kwargs), args[0])
     elif func is aten.copy_.default:
         old, source = args[0], args[1]
-        if isinstance(source, MeshOps) and old.shape == source.shape and not splits(tuple(source._spec.placements)):
+        if is_mesh(source) and old.shape == source.shape and not splits(tuple(source._spec.placements)):
             old._local_tensor.copy_(source._local_tensor)
             old._spec = like_spec(old, tuple(source._spec.placements))
             return old
-    elif all(isinstance(t, MeshOps) for t in args[:2]) and args[0].shape == args[1].shape:
+    elif all(is_mesh(t) for t in args[:2]) and args[0].shape == args[1].shape:
         left, right = args[0], args[1]
         target = tuple(
             b if partial_axes((b,)) else a for a, b in zip(left._spec.placements, right._spec.placements, strict=True)
@@ -158,7 +160,7 @@ def like_spec(x: Any, placements: Placements) -> Any:
 
 
 def _local(value: Any) -> Any:
-    return value._local_tensor if isinstance(value, MeshOps) else value
+    return value._local_tensor if is_mesh(value) else value
 
 
 @set_pointwise
@@ -166,7 +168,7 @@ def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
     """Any elementwise operator; the result is split as its most split operand."""
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     extra = [v for v in kwargs.values() if isinstance(v, torch.Tensor)]
-    meshed = [t for t in tensors if isinstance(t, MeshOps)]
+    meshed = [t for t in tensors if is_mesh(t)]
     if extra or not meshed or any(isinstance(a, list | tuple) and _has_tensor(a) for a in args):
         return fallback(func, args, kwargs)
     if func in LINEAR and any(partial_axes(tuple(t._spec.placements)) for t in meshed):
@@ -183,7 +185,7 @@ def pointwise(func: Any, args: Any, kwargs: Any) -> Any:
         return _wrapped(out, mesh, tuple(first._spec.placements), tuple(first._spec.shape), first._ledger)
     shape = tuple(torch.broadcast_shapes(*(t.shape for t in tensors)))
     if mutable(func):
-        if not isinstance(args[0], MeshOps):
+        if not is_mesh(args[0]):
             return fallback(func, args, kwargs)
         target = tuple(args[0]._spec.placements)
     else:

@@ -57,7 +57,7 @@ class Reduction:
         return any(self.local.shape[dim] == 0 for dim in self.dims)
 
 
-def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+def arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
     """All arguments by name, with the defaults of the operator's schema."""
     named = dict(kwargs)
     for i, argument in enumerate(func._schema.arguments):
@@ -71,7 +71,7 @@ def _arguments(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
 @operator(aten.sum.default, aten.sum.dim_IntList, linear=True)
 def sum_(func: Any, args: Any, kwargs: Any) -> Any:
     """Local sums, added up."""
-    a = _arguments(func, args, kwargs)
+    a = arguments(func, args, kwargs)
     r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
     local = aten.sum.dim_IntList(r.local, r.dims, a.get("keepdim", False), dtype=a["dtype"])
     return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args)) if r.axes else local)
@@ -80,7 +80,7 @@ def sum_(func: Any, args: Any, kwargs: Any) -> Any:
 @operator(aten.mean.default, aten.mean.dim)
 def mean(func: Any, args: Any, kwargs: Any) -> Any:
     """The global sum over the global count; half precision is summed in fp32."""
-    a = _arguments(func, args, kwargs)
+    a = arguments(func, args, kwargs)
     r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
     dtype = a["dtype"] or r.local.dtype
     if not r.axes:
@@ -105,7 +105,7 @@ def _highest(dtype: torch.dtype) -> Any:
 @operator(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
 def extreme(func: Any, args: Any, kwargs: Any) -> Any:
     """The largest (smallest) of the ranks' own."""
-    a = _arguments(func, args, kwargs)
+    a = arguments(func, args, kwargs)
     r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
     if not r.axes:
         return r.done(func(r.local, *args[1:], **kwargs))
@@ -120,7 +120,7 @@ def extreme(func: Any, args: Any, kwargs: Any) -> Any:
 @operator(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
 def any_all(func: Any, args: Any, kwargs: Any) -> Any:
     """Logical reductions as the extreme of 0 and 1."""
-    a = _arguments(func, args, kwargs)
+    a = arguments(func, args, kwargs)
     r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
     local = func(r.local, *args[1:], **kwargs)
     if not r.axes:
@@ -132,7 +132,7 @@ def any_all(func: Any, args: Any, kwargs: Any) -> Any:
 @operator(aten.prod.default, aten.prod.dim_int, aten.count_nonzero.default, aten.count_nonzero.dim_IntList)
 def prod(func: Any, args: Any, kwargs: Any) -> Any:
     """Local products multiplied, local counts added."""
-    a = _arguments(func, args, kwargs)
+    a = arguments(func, args, kwargs)
     r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
     local = func(r.local, *args[1:], **kwargs)
     kind = "product" if "prod" in func._schema.name else "sum"
@@ -167,7 +167,7 @@ def merged_moments(
 @operator(aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction)
 def variance(func: Any, args: Any, kwargs: Any) -> Any:
     """Variance from merged moments."""
-    a = _arguments(func, args, kwargs)
+    a = arguments(func, args, kwargs)
     keepdim = a["keepdim"]
     r = Reduction(a["self"], a["dim"], keepdim)
     if not r.axes:
@@ -186,7 +186,7 @@ def variance(func: Any, args: Any, kwargs: Any) -> Any:
 @operator(aten.linalg_vector_norm.default)
 def vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
     """Local norms, combined as the same norm of the ranks' results."""
-    a = _arguments(func, args, kwargs)
+    a = arguments(func, args, kwargs)
     r = Reduction(a["self"], a["dim"], a["keepdim"])
     order = float(a["ord"])
     if not r.axes:
@@ -207,7 +207,7 @@ def vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
 @operator(aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default)
 def extreme_position(func: Any, args: Any, kwargs: Any) -> Any:
     """Values and global positions; among equals the first position, as on one device."""
-    a = _arguments(func, args, kwargs)
+    a = arguments(func, args, kwargs)
     dim, keepdim = a["dim"], a["keepdim"]
     r = Reduction(a["self"], dim, keepdim)
     pair = func in (aten.max.dim, aten.min.dim)

@@ -19,7 +19,7 @@ from meshwright.parallel.layout import Placements, axis_of, local_shape, moved, 
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.operators import cause_of, fallback, operator, placed, reshard
 from meshwright.parallel.rules.pointwise import common_layout, to_parts
-from meshwright.parallel.tensor import MeshOps, wrap
+from meshwright.parallel.tensor import is_mesh, wrap
 from meshwright.plan.geometry import Interval, chunks
 
 aten = torch.ops.aten
@@ -201,7 +201,7 @@ def _flat_exchange(
         count *= local.shape[ends]
         ends += 1
     flat = local.reshape(*local.shape[:dim], local.shape[dim] * inner, *local.shape[ends:])
-    return Fetch.apply(flat, have, want, line)  # type: ignore[no-any-return]
+    return Fetch.apply(flat, have, want, line)
 
 
 @operator(aten.slice.Tensor, linear=True)
@@ -316,7 +316,7 @@ def split(func: Any, args: Any, kwargs: Any) -> Any:
 def cat(func: Any, args: Any, kwargs: Any) -> Any:
     """Concatenation; along a split dim each rank fetches what its output chunk needs of every part."""
     tensors = [t for t in args[0] if not (t.ndim == 1 and t.shape[0] == 0)]
-    meshed = [t for t in tensors if isinstance(t, MeshOps)]
+    meshed = [t for t in tensors if is_mesh(t)]
     if not meshed:
         return fallback(func, args, kwargs)
     dim = (args[1] if len(args) > 1 else 0) % tensors[0].ndim
@@ -330,7 +330,7 @@ def cat(func: Any, args: Any, kwargs: Any) -> Any:
     parts, lo = [], 0
     for t in tensors:
         size = t.shape[dim]
-        if isinstance(t, MeshOps):
+        if is_mesh(t):
             local = placed(t, target, cause)
         else:
             local = t
@@ -353,7 +353,7 @@ def stack(func: Any, args: Any, kwargs: Any) -> Any:
     """A new dim; never split."""
     tensors = args[0]
     dim = (args[1] if len(args) > 1 else 0) % (tensors[0].ndim + 1)
-    meshed = [t for t in tensors if isinstance(t, MeshOps)]
+    meshed = [t for t in tensors if is_mesh(t)]
     target = common_layout(meshed, tuple(tensors[0].shape))
     mesh, cause = meshed[0]._spec.mesh, cause_of(func, args)
     parts = to_parts(list(tensors), tuple(tensors[0].shape), target, mesh, cause)
@@ -388,13 +388,16 @@ def constant_pad(func: Any, args: Any, kwargs: Any) -> Any:
     mesh, placements, shape = _parts(x)
     local, cause = x._local_tensor, cause_of(func, args)
     new, here = list(shape), [0] * len(pad)
-    for pair in range(len(pad) // 2):
-        dim = len(shape) - 1 - pair
-        before, after = pad[2 * pair], pad[2 * pair + 1]
+    pairs = [(pair, len(shape) - 1 - pair, pad[2 * pair], pad[2 * pair + 1]) for pair in range(len(pad) // 2)]
+    for pair, dim, before, after in pairs:  # whole dims first: what is cut there need not travel
         new[dim] = shape[dim] + before + after
+        if axis_of(placements, dim) is None:
+            lo, hi = max(0, -before), max(0, -after)
+            local = local.narrow(dim, lo, shape[dim] - lo - hi)
+            here[2 * pair], here[2 * pair + 1] = max(0, before), max(0, after)
+    for pair, dim, before, _ in pairs:
         axis = axis_of(placements, dim)
         if axis is None:
-            here[2 * pair], here[2 * pair + 1] = before, after
             continue
         inside = Interval(0, shape[dim])
         wanted = tuple(Interval(c.lo - before, c.hi - before).meet(inside) for c in chunks(new[dim], sizes(mesh)[axis]))

@@ -9,7 +9,7 @@ import torch
 
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.functions import function
-from meshwright.parallel.tensor import MeshOps, MeshParameter, wrap
+from meshwright.parallel.tensor import MeshParameter, is_mesh, wrap
 
 _DATA: Any = torch.Tensor.data
 
@@ -23,9 +23,10 @@ def get_data(x: Any) -> Any:
 @function(_DATA.__set__)
 def set_data(x: Any, value: Any) -> None:
     """`p.data = value` (also `module.to(dtype)`): the local part and the layout follow."""
-    if not isinstance(x, MeshOps) or not isinstance(value, MeshOps):
+    if not is_mesh(x) or not is_mesh(value):
         raise UnsupportedError(
-            "assigning .data between a plain and a mesh tensor: use p.copy_(value) under no_grad, which keeps the layout"
+            "assigning .data between a plain and a mesh tensor: "
+            "use p.copy_(value) under no_grad, which keeps the layout"
         )
     with torch._C.DisableTorchFunctionSubclass():
         _DATA.__set__(x, value)
@@ -35,7 +36,7 @@ def set_data(x: Any, value: Any) -> None:
 def parameter_like(x: Any, local: torch.Tensor) -> Any:
     """A new parameter (or buffer) object with the layout of `x` around `local`."""
     spec = x._spec
-    new = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    new = torch.Tensor._make_wrapper_subclass(
         MeshParameter,
         tuple(spec.shape),
         strides=spec.tensor_meta.stride,
@@ -73,6 +74,6 @@ def deepcopy(x: Any, memo: dict[int, Any]) -> Any:
 def reduce_ex(x: Any, protocol: Any) -> Any:
     """Pickling is refused: a mesh lives in this job alone."""
     raise UnsupportedError(
-        "a mesh tensor cannot be pickled (torch.save, a result of mw.launch): take x.full_tensor() on every rank first, "
-        "or x.to_local() for this rank's part"
+        "a mesh tensor cannot be pickled (torch.save, a result of mw.launch): take x.full_tensor() "
+        "on every rank first, or x.to_local() for this rank's part"
     )

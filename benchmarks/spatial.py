@@ -1,0 +1,181 @@
+"""How close a split U-Net comes to no communication at all.
+
+Two one-thread ranks train the benchmark U-Net (docs/performance.md) on one volume split in depth, against two
+one-thread ranks that each train on half of the volume and never talk: the limit. The halves run twice, as plain
+torch runs them and with Meshwright's choice of kernels. A third comparison runs the whole volume on one rank,
+plain and under `parallelize`. All variants of a comparison run in the same processes, interleaved; every figure is
+a median of paired ratios with a bootstrap confidence interval.
+
+    python benchmarks/spatial.py                 # fp32 and bf16, 96 cubed, 21 rounds
+    python benchmarks/spatial.py --size 64 --rounds 7 --dtype fp32
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import meshwright as mw
+from meshwright.models.small_unet import benchmark_unet
+from meshwright.parallel.account import Totals, totals
+from meshwright.parallel.kernels import Conv
+from meshwright.parallel.rules.conv import SpatialConv
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def same_kernels(model: nn.Module) -> nn.Module:
+    """Plain modules whose convolutions use Meshwright's choice of kernels, without any mesh."""
+
+    def forward(self: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
+        p = self.padding[0]
+        sizes = tuple(size + 2 * p - k + 1 for size, k in zip(x.shape[2:], self.kernel_size, strict=True))
+        conv = Conv(self.stride, self.dilation, self.groups)
+        return SpatialConv.apply(x, self.weight, self.bias, conv, ((p, p),) * 3, sizes, None)
+
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d):
+            module.forward = forward.__get__(module)
+    return model
+
+
+def trainer(model: nn.Module, x: Any) -> Callable[[], None]:
+    """One SGD step on the mean of squares, as a function."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        (model(x).float() ** 2).mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def barrier() -> None:
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.barrier()
+
+
+def rounds_of(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[str, list[float]], Totals]:
+    """Seconds per step of each variant, interleaved in a fresh random order each round, barriers around each."""
+    order = random.Random(0)
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    spent = Totals()
+    for turn in range(-2, rounds):  # two rounds to warm up
+        names = list(steps)
+        order.shuffle(names)
+        for name in names:
+            before = totals.copy()
+            barrier()
+            start = time.perf_counter()
+            steps[name]()
+            barrier()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - start)
+                if name == "meshwright":
+                    change = totals - before
+                    spent = Totals(*(a + b for a, b in zip(vars(spent).values(), vars(change).values(), strict=True)))
+    return seconds, spent
+
+
+def two_ranks(size: int, rounds: int, dtype_name: str) -> dict[str, Any]:
+    """Runs on each of two ranks: split against independent halves."""
+    torch.set_num_threads(1)
+    dtype, rank = DTYPES[dtype_name], dist.get_rank()
+    torch.manual_seed(0)
+    base = benchmark_unet().to(dtype=dtype, memory_format=torch.channels_last_3d)
+    plan = mw.Plan.uniform(depth=2)
+    x = torch.randn(1, 4, size, size, size).to(dtype=dtype, memory_format=torch.channels_last_3d)
+    half = x[mw.interval(tuple(x.shape), plan, rank)].clone(memory_format=torch.preserve_format)
+    steps = {
+        "plain halves": trainer(copy.deepcopy(base), half),
+        "tuned halves": trainer(same_kernels(copy.deepcopy(base)), half),
+        "meshwright": trainer(mw.parallelize(copy.deepcopy(base), plan, strict=True), mw.shard(x, plan)),
+    }
+    seconds, spent = rounds_of(steps, rounds)
+    return {"seconds": seconds, "spent": vars(spent)}
+
+
+def one_rank(size: int, rounds: int, dtype_name: str) -> dict[str, Any]:
+    """Runs on one rank: the whole volume, plain and under `parallelize`."""
+    torch.set_num_threads(1)
+    dtype = DTYPES[dtype_name]
+    torch.manual_seed(0)
+    base = benchmark_unet().to(dtype=dtype, memory_format=torch.channels_last_3d)
+    plan = mw.Plan.uniform()
+    x = torch.randn(1, 4, size, size, size).to(dtype=dtype, memory_format=torch.channels_last_3d)
+    steps = {
+        "plain": trainer(copy.deepcopy(base), x),
+        "meshwright": trainer(mw.parallelize(copy.deepcopy(base), plan, strict=True), mw.shard(x, plan)),
+    }
+    seconds, spent = rounds_of(steps, rounds)
+    return {"seconds": seconds, "spent": vars(spent)}
+
+
+def ratio(above: list[float], below: list[float]) -> tuple[float, float, float]:
+    """Median of paired ratios and its 95 % bootstrap interval."""
+    pairs = [a / b for a, b in zip(above, below, strict=True)]
+    draw = random.Random(1)
+    medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(2000))
+    return statistics.median(pairs), medians[50], medians[1949]
+
+
+def show(title: str, seconds: dict[str, list[float]], spent: dict[str, float], rounds: int) -> dict[str, Any]:
+    """Print one comparison; returns it as plain values."""
+    print(f"\n{title}")
+    for name, values in seconds.items():
+        middle = statistics.median(values)
+        print(f"  {name:14s} {middle:8.4f} s  (min {min(values):.4f}, max {max(values):.4f})")
+    found = {}
+    for name in seconds:
+        if name != "meshwright":
+            found[name] = ratio(seconds["meshwright"], seconds[name])
+            middle, low, high = found[name]
+            print(f"  meshwright / {name:14s} {middle:.3f}  [{low:.3f}, {high:.3f}]")
+    for key in ("exchange_post_s", "exchange_wait_s", "boundary_s", "reduction_s"):
+        print(f"  per step: {key:16s} {1e3 * spent[key] / rounds:8.2f} ms")
+    print(f"  per step: {spent['sent_bytes'] / rounds / 2**20:.2f} MiB in {spent['messages'] / rounds:.0f} messages")
+    return {"seconds": {name: statistics.median(v) for name, v in seconds.items()}, "ratios": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", type=int, default=96, help="edge of the volume in voxels")
+    parser.add_argument("--rounds", type=int, default=21, help="counted rounds of each comparison")
+    parser.add_argument("--dtype", choices=["fp32", "bf16", "both"], default="both")
+    parser.add_argument("--ranks", choices=["1", "2", "both"], default="both", help="which comparisons to run")
+    parser.add_argument("--json", metavar="FILE", help="also write the figures there")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, {platform.machine()}, U-Net {options.size} cubed, {options.rounds} rounds")
+    figures: dict[str, Any] = {}
+    for dtype in ["fp32", "bf16"] if options.dtype == "both" else [options.dtype]:
+        if options.ranks in ("2", "both"):
+            results = mw.launch(two_ranks, ranks=2, args=(options.size, options.rounds, dtype), threads=1)
+            slowest = {
+                name: [max(pair) for pair in zip(*(r["seconds"][name] for r in results), strict=True)]
+                for name in results[0]["seconds"]
+            }
+            spent = {key: max(r["spent"][key] for r in results) for key in results[0]["spent"]}
+            figures[f"{dtype} two ranks"] = show(f"{dtype}, two ranks, depth split", slowest, spent, options.rounds)
+        if options.ranks in ("1", "both"):
+            (result,) = mw.launch(one_rank, ranks=1, args=(options.size, options.rounds, dtype), threads=1)
+            title = f"{dtype}, one rank, whole volume"
+            figures[f"{dtype} one rank"] = show(title, result["seconds"], result["spent"], options.rounds)
+    if options.json:
+        with open(options.json, "w", encoding="utf-8") as file:
+            json.dump(figures, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
