@@ -1,25 +1,41 @@
 """The rules. Importing this package registers them all."""
 
 from meshwright.parallel.rules import (
+    adaptive,
+    backward,
     conv,
+    dimwise,
     linear,
+    loss,
     many,
     matmul,
     norm,
+    pad,
     pointwise,
+    pool,
+    random,
     reduce,
+    resize,
     shape,
     special,
 )
 
 __all__ = [
+    "adaptive",
+    "backward",
     "conv",
+    "dimwise",
     "linear",
+    "loss",
     "many",
     "matmul",
     "norm",
+    "pad",
     "pointwise",
+    "pool",
+    "random",
     "reduce",
+    "resize",
     "shape",
     "special",
 ]
