@@ -141,6 +141,13 @@ def test_a_truncated_stream_shows_expected_and_found_bytes(tmp_path: Path) -> No
         open_volume(tmp_path / "cut.nii.gz")
 
 
+def test_a_whole_stream_with_too_little_data_shows_expected_and_found_bytes(tmp_path: Path) -> None:
+    data = gzip.decompress(write(tmp_path / "full.nii.gz", np.zeros(SHAPE, np.uint8)).read_bytes())
+    (tmp_path / "short.nii.gz").write_bytes(gzip.compress(data[:-20]))
+    with pytest.raises(DataError, match=rf"{len(data)} bytes expected after decompression, {len(data) - 20} found"):
+        open_volume(tmp_path / "short.nii.gz")
+
+
 def test_a_stream_of_several_members_is_whole(tmp_path: Path) -> None:
     data = gzip.decompress(write(tmp_path / "one.nii.gz", np.arange(60, dtype=np.uint8).reshape(3, 4, 5)).read_bytes())
     (tmp_path / "two.nii.gz").write_bytes(gzip.compress(data[:380]) + gzip.compress(data[380:]))
