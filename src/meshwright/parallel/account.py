@@ -68,8 +68,10 @@ class Ledger:
 
     def gathered(self, layer: str, op: str, nbytes: int) -> None:
         """Note a gather; the first of each layer and op is told to the user, once."""
+        if not nbytes:
+            return
         entry = self.entry(layer, op)
-        if not entry.gathered_bytes and nbytes:
+        if not entry.gathered_bytes:
             warnings.warn(
                 f"meshwright: {op} in layer {layer!r} has no split form; its inputs are gathered "
                 f"({nbytes} bytes sent per rank and call). parallelize(..., strict=True) refuses instead.",

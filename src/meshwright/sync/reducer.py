@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Variable
+from torch.distributed.tensor import Shard
 
 from meshwright.errors import ExchangeError, UnsupportedError
 from meshwright.parallel.account import totals
 from meshwright.parallel.apply import set_reducer
-from meshwright.parallel.layout import REPLICATE, partial_axes
+from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, splits
 from meshwright.parallel.mesh import reduction_groups, sizes
 from meshwright.parallel.tensor import is_mesh, spec_of
 
@@ -75,6 +76,24 @@ class _Flight:
                 grad._local_tensor = grad._local_tensor.clone().copy_(local)
 
 
+def _as_summand(grad: Any) -> None:
+    """A gradient that came split (of a weight as wide as the activation) as a summand: zeros where others own it."""
+    spec = grad._spec
+    placements = tuple(spec.placements)
+    if not splits(placements):
+        return
+    shape = tuple(spec.shape)
+    whole = grad._local_tensor.new_zeros(shape)
+    part = whole
+    for _, dim in splits(placements):
+        span = owned(spec.mesh, placements, dim, shape[dim])
+        part = part.narrow(dim, span.lo, span.size)
+    part.copy_(grad._local_tensor)
+    held = tuple(PARTIAL if isinstance(p, Shard) else p for p in placements)
+    grad._local_tensor = whole
+    grad._spec = spec_of(spec.mesh, held, shape, tuple(whole.stride()), whole.dtype)
+
+
 class Reducer:
     """The bucketed reduction of one parallelized module."""
 
@@ -119,6 +138,8 @@ class Reducer:
     def _start_next(self) -> None:
         groups: dict[tuple[Any, ...], list[Any]] = {}
         for p in self._buckets[self._started]:
+            if p.grad is not None:
+                _as_summand(p.grad)
             axes = () if p.grad is None else partial_axes(tuple(p.grad._spec.placements))
             if axes:
                 groups.setdefault((axes, p.grad._local_tensor.dtype), []).append(p)

@@ -9,7 +9,7 @@ from torch.distributed.tensor import Partial
 
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import layer
-from meshwright.parallel.layout import REPLICATE, partial_axes, replicated, splits
+from meshwright.parallel.layout import REPLICATE, local_shape, partial_axes, replicated, splits
 from meshwright.parallel.operators import cause_of, mutable, operator, placed
 from meshwright.parallel.tensor import is_mesh, mesh_tensors, wrap
 
@@ -63,16 +63,19 @@ def many(func: Any, args: Any, kwargs: Any) -> Any:
     linear=True,
 )
 def new(func: Any, args: Any, kwargs: Any) -> Any:
-    """A factory: split like its model where it has the same shape, else whole on every rank."""
+    """A factory: split like its model where the split dims have the same sizes, else whole on every rank."""
     x, size = args[0], tuple(args[1])
     mesh, placements = x._spec.mesh, tuple(x._spec.placements)
     if func in (aten.new_ones.default, aten.new_full.default):  # as summands these would be counted once per rank
         placements = tuple(REPLICATE if isinstance(p, Partial) else p for p in placements)
-    if size != tuple(x._spec.shape):
+    shape = tuple(x._spec.shape)
+    if len(size) != len(shape) or any(size[dim] != shape[dim] for _, dim in splits(placements)):
         return wrap(func(x._local_tensor, *args[1:], **kwargs), mesh, replicated(mesh), None, x._ledger)
-    local = list(x._local_tensor.shape)
-    if func is aten.new_empty_strided.default:
+    local = list(local_shape(mesh, placements, size))
+    if func is aten.new_empty_strided.default and size == shape:
         out = torch.empty_like(x._local_tensor, **kwargs)
+    elif func is aten.new_empty_strided.default:
+        out = torch.empty(local, dtype=x.dtype, device=x.device).to(**kwargs)
     else:
         out = func(x._local_tensor, local, *args[2:], **kwargs)
     return wrap(out, mesh, placements, size, x._ledger)

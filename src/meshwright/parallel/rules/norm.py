@@ -26,8 +26,8 @@ from meshwright.parallel.functions import (
     placements_of,
 )
 from meshwright.parallel.layout import Placements, axis_of, split_axes, splits
-from meshwright.parallel.redistribute import from_local, redistribute, replicate, to_local
-from meshwright.parallel.rules.pointwise import aligned
+from meshwright.parallel.redistribute import from_local, replicate, to_local
+from meshwright.parallel.rules.pointwise import aligned, cut
 from meshwright.parallel.rules.reduce import merged_moments
 
 
@@ -101,8 +101,7 @@ def _affine(
         return None
     value = value.reshape(list(view))
     seen = aligned(placements, tuple(view), shape)
-    value = redistribute(replicate(value, cause), seen, cause)
-    return to_local(value, axes)
+    return cut(to_local(replicate(value, cause), axes), seen, value._spec.mesh)  # its gradient: a summand
 
 
 def _standardize(

@@ -56,6 +56,9 @@ POINTWISE |= {
         "bitwise_and_": "Tensor Scalar",
         "nan_to_num": "default",
         "isclose": "default",
+        "log_sigmoid_forward": "default",
+        "log_sigmoid_backward": "default",
+        "_prelu_kernel": "default",
     }.items()
     for overload in overloads.split()
     if hasattr(getattr(aten, name, None), overload)
