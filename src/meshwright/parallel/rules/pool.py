@@ -1,0 +1,243 @@
+"""Maximum, average and power-average pooling on split space, 1-D to 3-D.
+
+Window of an output: [a, b) reads input [a s - p, (b - 1) s - p + d (k - 1) + 1), cut to the input. Whatever a window
+reads beyond the input is left to the plain operator's own padding where its geometry allows (no copy), else padded
+explicitly. Sizes follow torch's formula: with `ceil_mode` the last window must start inside the input or in the
+padding before it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from meshwright.parallel.functions import function, gathered, tuple_of
+from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing
+from meshwright.parallel.tensor import wrap
+from meshwright.plan.geometry import Interval, chunks
+
+_MAX: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
+_AVG: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The windows of one dim: kernel, stride, padding, dilation."""
+
+    k: int
+    s: int
+    p: int
+    d: int
+
+    @property
+    def reach(self) -> int:
+        """Positions that one window spans."""
+        return self.d * (self.k - 1) + 1
+
+    def outputs(self, size: int, padding: int, ceil: bool) -> int:
+        """How many windows the plain operator has on `size` positions (torch's `pooling_output_shape`)."""
+        room = size + 2 * padding - self.reach
+        count = (-(-room // self.s) if ceil else room // self.s) + 1
+        return count - 1 if ceil and (count - 1) * self.s >= size + padding else count
+
+    def window(self, out: Interval, size: int) -> tuple[Interval, int, int]:
+        """The input that outputs `out` read, and how far they reach before and after it."""
+        if not out.size:
+            return Interval(0, 0), 0, 0
+        lo, hi = out.lo * self.s - self.p, (out.hi - 1) * self.s - self.p + self.reach
+        inside = Interval(lo, hi).meet(Interval(0, size))
+        return (inside, inside.lo - lo, hi - inside.hi) if inside.size else (inside, hi - lo, 0)
+
+    def fit(self, size: int, before: int, outputs: int, ceil: bool) -> tuple[int, int] | None:
+        """Padding with which the plain operator on a window of `size` has our `outputs`, and how many it has before
+        them; None where no padding does."""
+        if size < self.reach:  # some plain operators refuse
+            return None
+        for padding in range(before, max(self.k // 2, self.p) + 1, self.s):
+            drop = (padding - before) // self.s
+            if self.outputs(size, padding, ceil) >= drop + outputs:
+                return padding, drop
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _sizes(plain: Callable[..., Any], shape: tuple[int, ...], args: tuple[Any, ...]) -> tuple[int, ...]:
+    """The global output shape by torch itself, without data; wrong arguments raise torch's own error."""
+    return tuple(plain(torch.empty(shape, device="meta"), *args).shape)
+
+
+def _pooled(
+    space: Space,
+    local: torch.Tensor,
+    out_shape: Sequence[int],
+    grids: Sequence[Grid],
+    fill: float,
+    plain: Callable[[torch.Tensor, tuple[int, ...], bool], torch.Tensor],
+) -> torch.Tensor:
+    """This rank's outputs; `plain(window, padding, ceil_mode)` pools a window."""
+    n, before, after = len(grids), [0] * len(grids), [0] * len(grids)
+    target = space.local_shape(out_shape)
+    for i, grid in enumerate(grids):
+        size, line = space.shape[i + 2], space.line(i + 2)
+        if line is None:
+            _, before[i], after[i] = grid.window(Interval(0, out_shape[i + 2]), size)
+            continue
+        windows = [grid.window(out, size) for out in chunks(out_shape[i + 2], line.ranks)]
+        _, before[i], after[i] = windows[line.me]
+        local = fetch_windows(local, size, [window for window, _, _ in windows], line)
+    if 0 in target:
+        return nothing(local, target, lambda one: _MAX[n](one, 1))  # autocast treats all pools of n dims alike
+
+    def fits(ceil: bool) -> list[tuple[int, int] | None]:
+        return [grid.fit(local.shape[i + 2], before[i], target[i + 2], ceil) for i, grid in enumerate(grids)]
+
+    ceil = fits(False).count(None) > fits(True).count(None)
+    chosen = fits(ceil)
+    pads = [(0, 0) if fit else (before[i], after[i]) for i, fit in enumerate(chosen)]
+    if any(map(any, pads)):
+        local = F.pad(local, [end for pair in reversed(pads) for end in pair], value=fill)
+    y = plain(local, tuple(fit[0] if fit else 0 for fit in chosen), ceil)
+    for i, fit in enumerate(chosen):
+        drop = fit[1] if fit else 0
+        if y.shape[i + 2] != target[i + 2]:
+            y = y.narrow(i + 2, drop, target[i + 2])
+    return y
+
+
+def _grids(n: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[Grid]:
+    kernel = tuple_of(kernel, n)
+    stride = kernel if stride is None or stride == [] or stride == () else tuple_of(stride, n)
+    return [Grid(*v) for v in zip(kernel, stride, tuple_of(padding, n), tuple_of(dilation, n), strict=True)]
+
+
+def max_pool(
+    n: int,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    return_indices: bool = False,
+) -> Any:
+    """Maximum pooling; among equal values the first in raster order gets the gradient, as in torch."""
+    if input.ndim == n + 1:
+        out = max_pool(n, input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
+        return (out[0].squeeze(0), out[1].squeeze(0)) if return_indices else out.squeeze(0)
+    grids = _grids(n, kernel_size, stride, padding, dilation)
+    args = tuple(zip(*((g.k, g.s, g.p, g.d) for g in grids), strict=True))
+    out_shape = _sizes(_MAX[n], tuple(input.shape), (*args, ceil_mode))
+    if return_indices:  # positions in the whole plane, so the plane must be whole
+        space, local = enter(gathered(input, range(2, n + 2), "max_pool with indices"), "max_pool")
+        y, index = _MAX[n](local, *args, ceil_mode, True)
+        return space.done(y, out_shape), wrap(index, space.mesh, space.placements, out_shape, space.cause.ledger)
+    kernel, stride, _, dilation = args
+    space, local = enter(input, "max_pool")
+    y = _pooled(
+        space,
+        local,
+        out_shape,
+        grids,
+        -math.inf,
+        lambda window, pads, ceil: _MAX[n](window, kernel, stride, pads, dilation, ceil),
+    )
+    return space.done(y, out_shape)
+
+
+def _average(
+    x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], pads: tuple[int, ...], ceil: bool, divisor: int
+) -> torch.Tensor:
+    """Sums over windows (zeros outside) by one divisor; torch's 1-D form has none, so it is 2-D of height 1."""
+    if x.ndim > 3:
+        return _AVG[x.ndim - 2](x, kernel, stride, pads, ceil, True, divisor)
+    return F.avg_pool2d(x.unsqueeze(-2), (1, *kernel), (1, *stride), (0, *pads), ceil, True, divisor).squeeze(-2)
+
+
+def _shares(grid: Grid, out: Interval, size: int, include_pad: bool) -> list[float]:
+    """For each output, the kernel's size over the number of positions that torch counts in its window."""
+    shares = []
+    for index in range(out.lo, out.hi):
+        lo = index * grid.s - grid.p
+        hi = min(lo + grid.k, size + grid.p)
+        shares.append(grid.k / (hi - lo if include_pad else min(hi, size) - max(lo, 0)))
+    return shares
+
+
+def avg_pool(
+    n: int,
+    input: Any,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    divisor_override: int | None = None,
+) -> Any:
+    """Average pooling: sums by the kernel's size, scaled at outputs whose window counts fewer positions."""
+    if input.ndim == n + 1:
+        given = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
+        return avg_pool(n, input.unsqueeze(0), *given).squeeze(0)
+    grids = _grids(n, kernel_size, stride, padding, 1)
+    kernel, strides, pads = zip(*((g.k, g.s, g.p) for g in grids), strict=True)
+    options = (ceil_mode, count_include_pad, *([] if n == 1 else [divisor_override]))
+    out_shape = _sizes(_AVG[n], tuple(input.shape), (kernel, strides, pads, *options))
+    space, local = enter(input, "avg_pool")
+    divisor = divisor_override or math.prod(kernel)
+    y = _pooled(
+        space, local, out_shape, grids, 0.0, lambda window, p, ceil: _average(window, kernel, strides, p, ceil, divisor)
+    )
+    if not divisor_override and y.numel():
+        y = _scaled(space, y, out_shape, grids, count_include_pad)
+    return space.done(y, out_shape)
+
+
+def _scaled(
+    space: Space, y: torch.Tensor, out_shape: Sequence[int], grids: Sequence[Grid], include_pad: bool
+) -> torch.Tensor:
+    """`y` times the shares of all dims, where they are not 1."""
+    factor: torch.Tensor | None = None
+    for i, grid in enumerate(grids):
+        line = space.line(i + 2)
+        out = chunks(out_shape[i + 2], line.ranks)[line.me] if line else Interval(0, out_shape[i + 2])
+        shares = _shares(grid, out, space.shape[i + 2], include_pad)
+        if any(share != 1 for share in shares):
+            wide = torch.float64 if y.dtype == torch.float64 else torch.float32
+            one = torch.tensor(shares, dtype=wide, device=y.device).view(-1, *(1 for _ in grids[i + 1 :]))
+            factor = one if factor is None else factor * one
+    return y if factor is None else (y * factor).to(y.dtype)
+
+
+def lp_pool(n: int, input: Any, norm_type: float, kernel_size: Any, stride: Any = None, ceil_mode: bool = False) -> Any:
+    """Power-average pooling, composed as torch composes it."""
+    if norm_type == math.inf:
+        return max_pool(n, input.abs(), kernel_size, stride, 0, 1, ceil_mode)
+    if norm_type == -math.inf:
+        return -max_pool(n, -input.abs(), kernel_size, stride, 0, 1, ceil_mode)
+    out = avg_pool(n, input.pow(norm_type), kernel_size, stride, 0, ceil_mode)
+    positive = torch.sign(out) * torch.relu(torch.abs(out))
+    return positive.mul(math.prod(tuple_of(kernel_size, n))).pow(1.0 / norm_type)
+
+
+def _with_indices(n: int, *args: Any, **kwargs: Any) -> Any:
+    """The forms that always return indices."""
+    return max_pool(n, *args, **{**kwargs, "return_indices": True})
+
+
+function(F.max_pool1d, torch.max_pool1d)(partial(max_pool, 1))
+function(F.max_pool2d, torch.max_pool2d)(partial(max_pool, 2))
+function(F.max_pool3d, torch.max_pool3d)(partial(max_pool, 3))
+function(F.max_pool1d_with_indices, torch.max_pool1d_with_indices)(partial(_with_indices, 1))
+function(F.max_pool2d_with_indices, torch._C._nn.max_pool2d_with_indices)(partial(_with_indices, 2))
+function(F.max_pool3d_with_indices, torch._C._nn.max_pool3d_with_indices)(partial(_with_indices, 3))
+function(F.avg_pool1d)(partial(avg_pool, 1))
+function(F.avg_pool2d)(partial(avg_pool, 2))
+function(F.avg_pool3d)(partial(avg_pool, 3))
+function(F.lp_pool1d)(partial(lp_pool, 1))
+function(F.lp_pool2d)(partial(lp_pool, 2))
+function(F.lp_pool3d)(partial(lp_pool, 3))

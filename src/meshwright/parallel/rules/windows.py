@@ -1,0 +1,68 @@
+"""What the rules for pooling, resizing and padding share: windows of split dims, and results without elements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.distributed.device_mesh import DeviceMesh
+
+from meshwright.parallel.comm import Cause
+from meshwright.parallel.exchange import Line, fetch
+from meshwright.parallel.functions import cause_for, placements_of
+from meshwright.parallel.layout import Placements, axis_of, local_shape
+from meshwright.parallel.redistribute import from_local, to_local
+from meshwright.plan.geometry import Interval, chunks
+
+
+@dataclass(frozen=True)
+class Space:
+    """Where a mesh tensor lies, for a rule that computes on its local part."""
+
+    mesh: DeviceMesh
+    placements: Placements
+    shape: tuple[int, ...]
+    cause: Cause
+
+    def line(self, dim: int) -> Line | None:
+        """The ranks that share `dim`, or None where it is whole."""
+        axis = axis_of(self.placements, dim)
+        return None if axis is None else Line(self.mesh, axis, dim, self.cause)
+
+    def local_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """This rank's part of a result of global `shape` with the same splits."""
+        return local_shape(self.mesh, self.placements, tuple(shape))
+
+    def done(self, local: torch.Tensor, shape: Sequence[int]) -> Any:
+        """The mesh tensor of global `shape` with the same splits."""
+        return from_local(local, self.mesh, self.placements, tuple(shape), self.cause.ledger)
+
+
+def enter(x: Any, op: str) -> tuple[Space, torch.Tensor]:
+    """The place and the local part of `x`; differentiable."""
+    return Space(x._spec.mesh, placements_of(x), tuple(x.shape), cause_for(op, x)), to_local(x)
+
+
+def fetch_windows(local: torch.Tensor, size: int, windows: Sequence[Interval], line: Line) -> torch.Tensor:
+    """`fetch` for windows of which some are empty: a rank without work asks for an empty piece of its own part, so
+    that an operation whose windows are the chunks themselves exchanges and copies nothing."""
+    wanted = tuple(
+        window if window.size else Interval(own.lo, own.lo)
+        for window, own in zip(windows, chunks(size, line.ranks), strict=True)
+    )
+    return fetch(local, size, wanted, line)
+
+
+def result_dtype(local: torch.Tensor, plain: Callable[[torch.Tensor], torch.Tensor]) -> torch.dtype:
+    """The dtype that the plain operator gives: autocast may widen it. `plain` is applied to one element."""
+    if not torch.is_autocast_enabled(local.device.type):
+        return local.dtype
+    return plain(local.new_zeros((1,) * local.ndim)).dtype
+
+
+def nothing(local: torch.Tensor, shape: Sequence[int], plain: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """A result of `shape` without elements that hangs on the graph of `local`, so that this rank takes part in the
+    exchanges of backward; with the dtype of `plain`."""
+    return local.narrow(0, 0, 0).reshape(tuple(shape)).to(result_dtype(local, plain))
