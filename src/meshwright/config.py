@@ -88,8 +88,8 @@ class AugmentConfig:
     """Flips, each with probability one half, and image · (1 ± scale) ± shift, drawn from seed and step."""
 
     flip: tuple[str, ...] = ()  # of depth, height, width
-    scale: float = 0.2
-    shift: float = 0.2
+    scale: float = 0.1
+    shift: float = 0.1
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import psutil
@@ -37,29 +39,37 @@ def words(data: list[str], run: Path, *more: str) -> list[str]:
     return ["train", "--ranks", "2", "--run", str(run), *(w for setting in (*data, *more) for w in ("--set", setting))]
 
 
-def command(arguments: list[str]) -> subprocess.Popen[str]:
-    """`meshwright` as a process, in a session of its own."""
-    return subprocess.Popen(
+@contextmanager
+def halted(arguments: list[str], step: int) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+    """`meshwright` in a session of its own and all processes below it, once rank 1 stands still before `step`."""
+    process = subprocess.Popen(
         [sys.executable, "-m", "meshwright", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        env={**os.environ, "MESHWRIGHT_FAULT": f"stop:1:{step}"},
     )
-
-
-def wait_for(process: subprocess.Popen[str], text: str) -> list[psutil.Process]:
-    """Read the output up to the line with `text`; returns every process below the command."""
     assert process.stdout is not None
-    for line in process.stdout:
-        if text in line:
-            return psutil.Process(process.pid).children(recursive=True)
-    pytest.fail(f"the command ended before {text!r}: {process.communicate()[1]}")
+    below: list[psutil.Process] = []
+    try:
+        if not any(f"step {step - 1}/" in line for line in process.stdout):
+            pytest.fail(f"the command ended before step {step}: {process.communicate()[1]}")
+        below = psutil.Process(process.pid).children(recursive=True)
+        while not stopped(below):
+            os.sched_yield()
+        yield process, below
+        _, alive = psutil.wait_procs(below, timeout=END_S)
+        assert alive == []  # no orphan
+    finally:
+        for other in (process, *below):
+            with suppress(psutil.NoSuchProcess):
+                other.kill()
+        process.communicate()
 
 
-def assert_gone(below: list[psutil.Process]) -> None:
-    _, alive = psutil.wait_procs(below, timeout=END_S)
-    assert alive == []
+def stopped(processes: list[psutil.Process]) -> list[psutil.Process]:
+    return [process for process in processes if process.status() == psutil.STATUS_STOPPED]
 
 
 def assert_resumes_to(expected: str, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -76,11 +86,9 @@ def test_kill_9_of_the_whole_job_resumes_to_the_same_bits(
     data: list[str], undisturbed: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     run = tmp_path / "run"
-    process = command(words(data, run))
-    below = wait_for(process, "step 3/")
-    os.kill(process.pid, signal.SIGKILL)
-    assert_gone(below)  # no orphan
-    process.communicate()
+    with halted(words(data, run), step=4) as (process, _):
+        os.killpg(process.pid, signal.SIGKILL)
+    assert last(run).step == 2
     assert_resumes_to(undisturbed, run, capfd)
 
 
@@ -124,17 +132,20 @@ def test_a_signal_lets_the_step_end_and_writes_a_checkpoint(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
-    process = command(words(data, run, "checkpoint.every=0"))
-    below = wait_for(process, "step 1/")
-    os.kill(process.pid, number)
-    _, errors = process.communicate(timeout=120)
+    with halted(words(data, run, "checkpoint.every=0"), step=3) as (process, below):
+        assert process.stderr is not None
+        os.kill(process.pid, number)
+        assert any("stopping after this step" in line for line in process.stderr)
+        for rank in stopped(below):
+            rank.resume()
+        _, errors = process.communicate(timeout=120)
     assert process.returncode == code
-    assert f"stopped by signal {int(number)} after step" in errors
+    assert f"stopped by signal {int(number)} after step 3" in errors
     assert "Traceback" not in errors
-    assert_gone(below)
-    assert 1 <= last(run).step < STEPS
+    assert last(run).step == 3
     assert not (run / "summary.json").exists()
-    assert_resumes_to(undisturbed, run, capfd)
+    if number == signal.SIGTERM:
+        assert_resumes_to(undisturbed, run, capfd)
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_one_message(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,11 +45,11 @@ def passed_on() -> Iterator[Noted]:
         if seen.number:
             raise KeyboardInterrupt
         seen.number = number
-        message = "\nmeshwright: stopping after this step, with a checkpoint; once more to stop at once\n"
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, message.encode())
         for child in multiprocessing.active_children():
             if child.pid is not None:
                 os.kill(child.pid, signal.SIGTERM)
+        # not print: the signal may have come in the middle of one
+        os.write(2, b"\nmeshwright: stopping after this step, with a checkpoint; once more to stop at once\n")
 
     with _handling(pass_on):
         yield seen
