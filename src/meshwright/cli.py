@@ -36,6 +36,7 @@ _TRAIN_EXAMPLES = """examples:
   meshwright train --set data.name=folder --set "data.images='scans/*_t1.nii.gz'" \\
                    --set "data.labels='scans/*_seg.nii.gz'" --set "data.classes=[other, tumour]"
   torchrun --nproc-per-node 2 -m meshwright train  the ranks of torchrun (or Slurm, OpenMPI) instead of local ones
+                                                   (torchrun takes --run for its own: write --set run=DIR)
 """
 
 
