@@ -1,4 +1,4 @@
-"""Reductions, softmax, losses and metrics: global values of split tensors, in bytes that do not grow with the volume."""
+"""Reductions, softmax, losses and metrics: global values of split tensors, bytes that do not grow with the volume."""
 
 from __future__ import annotations
 

@@ -75,22 +75,30 @@ class Bound:
     features is a change of layout, not a window).
     """
 
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage, ...] = ()  # `any_order`: independent of each other; the costliest order counts
+    any_order: bool = False
     statistics: Callable[[Sequence[Shape]], int] | None = None
     whole: bool = False
 
     def bytes(self, plan: mw.Plan, shapes: Sequence[Shape], layout: str | None, itemsize: int) -> int:
         """Bytes sent forward and backward by all ranks together."""
         others = plan.ranks - 1
-        elements, shape = 0, shapes[0]
-        for stage in self.stages:
-            elements += stage.received(plan, shape, layout)
-            shape = stage.out(shape)
+        orders = itertools.permutations(self.stages) if self.any_order else [self.stages]
+        elements = max(_along(stages, plan, shapes[0], layout) for stages in orders)
         if self.statistics is not None:
             elements += plan.ranks * others * self.statistics(shapes)
         if self.whole:
             elements += others * math.prod(shapes[0])
         return 2 * elements * itemsize
+
+
+def _along(stages: Sequence[Stage], plan: mw.Plan, shape: Shape, layout: str | None) -> int:
+    """Elements received in a chain of exchanges, each on what the one before gives."""
+    total = 0
+    for stage in stages:
+        total += stage.received(plan, shape, layout)
+        shape = stage.out(shape)
+    return total
 
 
 def per_dim(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:

@@ -82,8 +82,8 @@ def _one_rank(case: Case, name: str, folder: Path) -> Outcome:
 
 
 def run_keys(lookup: Callable[[str], Any], keys: list[Key], folder: str) -> None:
-    """One rank's work: every case in order, each caught. A case that fails on some ranks only ends the launch, as
-    the ranks are then out of step."""
+    """One rank's work: every case in order, each caught. A case that fails on some ranks only, or in an exchange,
+    ends the launch: the ranks are then out of step."""
     torch.set_num_threads(1)
     rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     agreement = dist.new_group(backend="gloo") if ranks > 1 else None
@@ -99,14 +99,15 @@ def run_keys(lookup: Callable[[str], Any], keys: list[Key], folder: str) -> None
         with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(record)) + "\n")
         if agreement is not None:
-            failed = torch.tensor(float(bool(record.failure)))
-            dist.all_reduce(failed, group=agreement)
-            if 0 < int(failed) < ranks:
-                raise RuntimeError(f"{name} under {plan} failed on some ranks only; a new launch runs the rest")
+            seen = torch.tensor([float(bool(record.failure)), float("ExchangeError" in record.failure)])
+            dist.all_reduce(seen, group=agreement)
+            failed, broken = int(seen[0]), bool(seen[1])
+            if broken or 0 < failed < ranks:
+                raise RuntimeError(f"the ranks are out of step after {name} under {plan}; a new launch runs the rest")
 
 
 def run_all(
-    worker: Callable[[list[Key], str], None], keys: Sequence[Key], ranks: int, folder: Path
+    worker: Callable[[list[Key], str], None], keys: Sequence[Key], ranks: int, folder: Path, hang_s: float = HANG_S
 ) -> dict[Key, list[Record]]:
     """Records of every rank for every case. `worker` is a module's function that calls `run_keys` with its lookup."""
     waiting, found = list(keys), dict[Key, list[Record]]()
@@ -115,7 +116,7 @@ def run_all(
             old.unlink()
         ending: mw.errors.RankError | None = None
         try:
-            mw.launch(worker, ranks=ranks, args=(waiting, str(folder)), timeout_s=HANG_S, threads=1)
+            mw.launch(worker, ranks=ranks, args=(waiting, str(folder)), timeout_s=hang_s, threads=1)
         except mw.errors.RankError as error:
             ending = error
         by_rank = [_read(folder / f"rank{rank}.jsonl") for rank in range(ranks)]
@@ -123,13 +124,14 @@ def run_all(
         complete = min((len(records) for records in by_rank), default=0)
         for index in range(begun):
             found[waiting[index]] = [records[index] for records in by_rank if len(records) > index]
-        if complete < len(waiting):  # the launch died: on some rank in this case
+        # the ranks leave on purpose after a case that failed; otherwise they died or hang in the next one
+        on_purpose = 0 < complete == begun and any(record.failure for record in found[waiting[complete - 1]])
+        if ending is not None and not on_purpose:
+            if complete == len(waiting):
+                raise ending  # every case came back, and yet the ranks did not end well
             key = waiting[complete]
-            lost = Record(*key, failure=f"did not come back on all ranks: {ending}")
-            found.setdefault(key, []).append(lost)
+            found.setdefault(key, []).append(Record(*key, failure=f"did not come back on all ranks: {ending}"))
             begun = max(begun, complete + 1)
-        elif ending is not None and not any(record.failure for record in found[waiting[-1]]):
-            raise ending  # every case came back, and yet the ranks did not end well
         waiting = waiting[begun:]
         if not waiting:
             return found

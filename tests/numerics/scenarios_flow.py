@@ -79,16 +79,36 @@ def module_bf16(plan: mw.Plan) -> Errors:
 
 
 def channels_last(plan: mw.Plan) -> Errors:
-    plain, x = net(), sample()
-    module = mw.parallelize(copy.deepcopy(plain).to(memory_format=torch.channels_last_3d), plan, strict=True)
-    split = mw.shard(x.to(memory_format=torch.channels_last_3d), plan)
-    assert split.is_contiguous(memory_format=torch.channels_last_3d), split.stride()
-    y = module(split)
-    local = y.to_local()
-    if local.numel() and min(local.shape[1:]) > 1:
-        assert local.is_contiguous(memory_format=torch.channels_last_3d), f"local strides {local.stride()}"
+    """The format of the parts is the one that plain torch keeps, layer after layer; fp32, where torch has kernels."""
+    plain, x = net(dtype=torch.float32), sample(dtype=torch.float32)
+    exact = copy.deepcopy(plain).double()
+    plain = plain.to(memory_format=torch.channels_last_3d)
+    module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+    formats: list[dict[str, bool]] = []
+    outputs: list[dict[str, Tensor]] = []
+    for model, whole_input in ((plain, x), (module, x)):
+        value = whole_input.to(memory_format=torch.channels_last_3d)
+        seen: dict[str, bool] = {}
+        for name, layer in model.named_modules():
+            layer.register_forward_hook(lambda m, a, y, name=name, seen=seen: seen.update({name: _last(y)}))
+        y = model(value if model is plain else mw.shard(value, plan))
+        objective(y).backward()
+        formats.append(seen)
+        outputs.append({"output": whole(y), **gradients(model)})
+    y = exact(x.double())
     objective(y).backward()
-    return against({"output": whole(y), **gradients(module)}, {"output": plain(x).detach(), **trained(plain, x)})
+    truth = {"output": y.detach(), **gradients(exact)}
+    one, ours = against(outputs[0], truth), against(outputs[1], truth)
+    errors = {name: max(0.0, ours[name] / max(3 * one[name], 1e-5) - 1) for name in truth}
+    assert formats[0]["enter.0"], "plain torch itself does not keep the format: the check is empty"
+    wrong = [name for name, last in formats[0].items() if last and not formats[1][name]]
+    return errors | {f"format of {name!r}": 1.0 for name in wrong}
+
+
+def _last(y: Tensor) -> bool:
+    """Whether (this rank's part of) an activation is channels_last_3d; a part without elements has any format."""
+    local = y.to_local() if isinstance(y, DTensor) else y
+    return local.numel() == 0 or local.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def no_grad_eval(plan: mw.Plan) -> Errors:
