@@ -1,5 +1,6 @@
 """Meshwright: train an unmodified `torch.nn.Module` on samples larger than one device, with the same result."""
 
+import meshwright.report  # noqa: F401  (the room, before the function of the same name)
 from meshwright import errors
 from meshwright.cluster.cluster import Cluster
 from meshwright.cluster.launch import launch

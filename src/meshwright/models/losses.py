@@ -22,7 +22,8 @@ def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
     logits [N, C, D, H, W] of any floating dtype, target [N, D, H, W] of any integer dtype. The sums run over the
     whole batch and volume. Source: Milletari et al., "V-Net", 3DV 2016, with p instead of p² in the denominator.
     """
-    probability = logits.float().softmax(dim=1)
+    wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
+    probability = wide.softmax(dim=1)
     truth = _one_hot(target, logits.shape[1]).to(probability.dtype)
     dims = _all_but_channels(logits)
     common, total = (probability * truth).sum(dims), (probability + truth).sum(dims)

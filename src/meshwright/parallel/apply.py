@@ -11,6 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
+from meshwright.cluster.agree import assert_same_on_all_ranks
 from meshwright.errors import PlanError, UnsupportedError
 from meshwright.parallel import rules as _rules  # noqa: F401  (importing registers the rules)
 from meshwright.parallel.account import Ledger, where
@@ -23,6 +24,7 @@ from meshwright.parallel.tensor import MeshParameter, MeshTensor, is_mesh, spec_
 from meshwright.plan.plan import Plan
 
 _LEDGER = "_meshwright_ledger"
+_compared: set[tuple[object, ...]] = set()
 _attach: Callable[[nn.Module], None] | None = None
 
 
@@ -46,12 +48,17 @@ def shard(x: torch.Tensor, plan: Plan, layout: str | None = None) -> MeshTensor:
     """A full tensor, equal on every rank → the same value split under `plan`; each rank keeps its part alone.
 
     Args: `x` any dtype and memory format (kept). `layout` names the dims where custom does not (5-D NCDHW,
-    4-D NCHW, 3-D NCW, 2-D NC): `layout="NDHW"`. Differentiable if `x` requires grad. No communication.
-    Raises `PlanError` for an unknown layout or ranks that do not match the plan.
+    4-D NCHW, 3-D NCW, 2-D NC): `layout="NDHW"`. Differentiable if `x` requires grad. Nothing is sent, but the first
+    tensor of each shape and type is compared between the ranks (a digest). Raises `PlanError` for an unknown layout
+    or ranks that do not match the plan, `MismatchError` if the ranks hold different tensors.
     """
     mesh = mesh_of(plan, x.device.type)
     placements = placements_for(plan, x.ndim, layout)
     shape = tuple(x.shape)
+    kind = (plan, shape, x.dtype, layout)
+    if mesh.size() > 1 and kind not in _compared:
+        assert_same_on_all_ranks({"x": x.detach()}, "the input of mw.shard")
+        _compared.add(kind)
     part = cut(x, placements, mesh)
     if x.requires_grad and x.grad_fn is not None:
         return _from_local(part, mesh, placements, shape)
@@ -101,12 +108,14 @@ def parallelize(
         strict: an operation without an exact split form raises `StrictError` instead of being gathered.
         device: where to compute; the default is this rank's device.
         seed: the random streams (dropout, noise) are functions of seed, call and global position.
-    Raises `PlanError` (ranks do not match), `UnsupportedError` (a parameter that cannot be converted).
+    Raises `PlanError` (ranks do not match), `MismatchError` (ranks hold different models), `UnsupportedError` (a
+    parameter that cannot be converted).
     """
     if any(is_mesh(t) for t in model.parameters()):
         raise UnsupportedError(f"{type(model).__name__} is parallelized already; build a new module for another plan")
     place = torch.device(device) if device is not None else default_device()
     mesh = mesh_of(plan, place.type)
+    assert_same_on_all_ranks(model)
     ledger = Ledger(strict=strict, seed=seed)
     done: dict[int, torch.Tensor] = {}
     for module in model.modules():

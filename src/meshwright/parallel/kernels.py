@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -53,7 +54,7 @@ def _spatial_pad(x: torch.Tensor, pads: Sequence[_Pad]) -> torch.Tensor:
     return F.pad(x, flat) if any(flat) else x
 
 
-def _order(x: torch.Tensor, alike: Sequence[int]) -> tuple[int, ...] | None:
+def _order(x: torch.Tensor) -> tuple[int, ...] | None:
     """A permutation of the spatial dims that keeps fp32 CPU convolutions on the fast kernel, or None for as it is.
 
     Source: the condition `use_mkldnn` of torch's convolution, measured in `docs/constants.md`.
@@ -67,6 +68,17 @@ def _order(x: torch.Tensor, alike: Sequence[int]) -> tuple[int, ...] | None:
     if x.shape[1] * sizes[order[0]] * sizes[order[1]] <= CLIFF or order == (0, 1, 2):
         return None
     return order
+
+
+@lru_cache(maxsize=1)
+def _slow_halves() -> bool:
+    """Whether this processor has no kernel for bf16 convolutions (no AVX512): torch then takes a loop of its own."""
+    return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
+def _widened(x: torch.Tensor) -> bool:
+    """Whether a convolution of `x` is computed in fp32 and rounded: up to 100 times faster where halves are slow."""
+    return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and _slow_halves()
 
 
 def _permuted(tensors: Sequence[torch.Tensor], order: Sequence[int]) -> list[torch.Tensor]:
@@ -95,8 +107,11 @@ def conv_forward(
 def _kernel(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv: Conv, alike: Sequence[int]
 ) -> torch.Tensor:
+    if _widened(x):
+        wide = None if bias is None else bias.float()
+        return _kernel(x.float(), weight.float(), wide, conv, alike).to(x.dtype)
     zeros = [0] * len(alike)
-    order = _order(x, alike)
+    order = _order(x)
     if order is None:
         return torch.ops.aten.convolution(x, weight, bias, conv.stride, alike, conv.dilation, False, zeros, conv.groups)
     x, weight = _permuted([x, weight], order)
@@ -143,9 +158,13 @@ def _kernel_backward(
     alike: Sequence[int],
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    if _widened(x):
+        out = _kernel_backward(grad.float(), x.float(), weight.float(), conv, alike, mask)
+        d_x, d_weight, d_bias = (None if t is None else t.to(x.dtype) for t in out)
+        return d_x, d_weight, d_bias
     zeros = [0] * len(alike)
     bias_sizes = [weight.shape[0]] if mask[2] else None
-    order = _order(x, alike)
+    order = _order(x)
     backward = torch.ops.aten.convolution_backward
     if order is None:
         out = backward(grad, x, weight, bias_sizes, conv.stride, alike, conv.dilation, False, zeros, conv.groups, mask)

@@ -100,7 +100,7 @@ class SpatialConv(Function):
         ctx.spans = [span for span, _ in halos]
         ctx.constants = conv, pads, cut, bias is not None
         ctx.save_for_backward(x, weight, *(piece for _, piece in halos))
-        return y
+        return torch.ops.aten._unsafe_view(y, y.shape)  # a permuted kernel's result is a view; in-place work may follow
 
     @staticmethod
     @once_differentiable
