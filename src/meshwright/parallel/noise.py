@@ -98,8 +98,9 @@ def open_unit(bits: torch.Tensor) -> torch.Tensor:
 
 
 def normal(bits: torch.Tensor) -> torch.Tensor:
-    """Standard normal (fp64) by the inverse of its distribution function; never infinite."""
-    return torch.special.ndtri(open_unit(bits))
+    """Standard normal (fp64), never infinite: Box and Muller 1958, radius from 40 bits (to 7.4), angle from 24."""
+    radius = shifted(bits, 24).double().add_(0.5).mul_(2.0**-40).log_().mul_(-2).sqrt_()
+    return (bits & ((1 << 24) - 1)).double().mul_(2 * math.pi * 2.0**-24).cos_().mul_(radius)
 
 
 def digits_of(dtype: torch.dtype) -> int:
