@@ -17,7 +17,7 @@ from meshwright.errors import MeshwrightError, RankError
 from meshwright.report.console import summary
 from meshwright.report.doctor import doctor
 from meshwright.report.page import write_report
-from meshwright.train import check, job, loop, precision, rundir, signals
+from meshwright.train import check, job, loop, plans, precision, rundir, signals
 
 RUNS = Path("runs")
 
@@ -108,7 +108,7 @@ def _train(args: argparse.Namespace) -> int:
     settings = config.load(args.config or saved, args.set, args.ranks)
     if args.steps is not None and not args.check:
         settings = config.override(settings, f"train.steps={args.steps}")
-    plan = config.resolve_plan(settings, started)
+    plan = plans.resolve_plan(settings, started)
     settings = precision.resolve(replace(settings, ranks=plan.ranks, plan=_absolute(settings.plan)))
     if args.print_config:
         print(settings.yaml(), end="")
@@ -152,7 +152,7 @@ def _absolute(plan: config.PlanConfig) -> config.PlanConfig:
 
 
 def _check(settings: Config, steps: int) -> int:
-    plan = config.resolve_plan(settings)
+    plan = plans.resolve_plan(settings)
     found = launch(check.run, plan.ranks, (settings, steps), threads=settings.threads)[0]
     if found is None:  # not rank 0 under torchrun
         return 0

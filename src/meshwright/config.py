@@ -16,8 +16,7 @@ from typing import Any, Literal, TypeVar
 
 import yaml
 
-from meshwright.errors import ConfigError, PlanError
-from meshwright.plan.plan import Plan
+from meshwright.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -270,28 +269,3 @@ def _merge(base: Any, patch: Any) -> Any:
     if not (isinstance(base, dict) and isinstance(patch, dict)):
         return patch
     return {**base, **{key: _merge(base.get(key), item) for key, item in patch.items()}}
-
-
-def resolve_plan(config: Config, started: int | None = None) -> Plan:
-    """The plan of a job. `started` is how many ranks a launcher (torchrun, Slurm) has already started, if any.
-
-    Raises `PlanError` if the plan needs another number of ranks than asked for or started.
-    """
-    wanted = config.plan
-    sizes = {name: getattr(wanted, name) for name in ("data", "depth", "height", "width")}
-    given = {name: size for name, size in sizes.items() if size is not None}
-    if wanted.file is not None:
-        if given:
-            raise PlanError(f"plan.file = {wanted.file!r} and plan.{next(iter(given))} are both set; keep one of them")
-        plan = Plan.load(wanted.file)
-    elif given:
-        plan = Plan.uniform(**given)
-    else:
-        plan = Plan.uniform(depth=started or config.ranks or 2)
-    for count, what in ((config.ranks, "asked for (--ranks)"), (started, "started by the launcher")):
-        if count is not None and count != plan.ranks:
-            raise PlanError(
-                f"the plan {plan} needs {plan.ranks} rank{'s' * (plan.ranks != 1)}, but {count} "
-                f"{'were' if count != 1 else 'was'} {what}; change --ranks or the sizes under plan"
-            )
-    return plan

@@ -9,6 +9,7 @@ import yaml
 
 from meshwright import Plan, config
 from meshwright.errors import ConfigError, PlanError
+from meshwright.train.plans import resolve_plan
 
 
 def written(tmp_path: Path, text: str) -> Path:
@@ -87,22 +88,22 @@ def test_yaml_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_the_default_plan_puts_all_ranks_along_depth(tmp_path: Path) -> None:
-    assert config.resolve_plan(config.load()) == Plan.uniform(depth=2)
-    assert config.resolve_plan(config.load(ranks=4)) == Plan.uniform(depth=4)
-    assert config.resolve_plan(config.load(ranks=1)) == Plan.uniform()
-    assert config.resolve_plan(config.load(), started=8) == Plan.uniform(depth=8)
+    assert resolve_plan(config.load()) == Plan.uniform(depth=2)
+    assert resolve_plan(config.load(ranks=4)) == Plan.uniform(depth=4)
+    assert resolve_plan(config.load(ranks=1)) == Plan.uniform()
+    assert resolve_plan(config.load(), started=8) == Plan.uniform(depth=8)
     square = config.load(None, ["plan.depth=2", "plan.height=2"])
-    assert config.resolve_plan(square) == Plan.uniform(depth=2, height=2)
+    assert resolve_plan(square) == Plan.uniform(depth=2, height=2)
     Plan.uniform(width=3).save(tmp_path / "plan.yaml")
-    assert config.resolve_plan(config.load(None, [f"plan.file={tmp_path / 'plan.yaml'}"])) == Plan.uniform(width=3)
+    assert resolve_plan(config.load(None, [f"plan.file={tmp_path / 'plan.yaml'}"])) == Plan.uniform(width=3)
 
 
 def test_a_plan_that_does_not_match_the_ranks_is_refused(tmp_path: Path) -> None:
     with pytest.raises(PlanError, match="needs 3 ranks, but 4 were asked for"):
-        config.resolve_plan(config.load(None, ["plan.depth=3"], ranks=4))
+        resolve_plan(config.load(None, ["plan.depth=3"], ranks=4))
     with pytest.raises(PlanError, match="needs 2 ranks, but 1 was started"):
-        config.resolve_plan(config.load(None, ["plan.depth=2"]), started=1)
+        resolve_plan(config.load(None, ["plan.depth=2"]), started=1)
     Plan.uniform(width=3).save(tmp_path / "plan.yaml")
     both = config.load(None, [f"plan.file={tmp_path / 'plan.yaml'}", "plan.depth=3"])
     with pytest.raises(PlanError, match="both set"):
-        config.resolve_plan(both)
+        resolve_plan(both)

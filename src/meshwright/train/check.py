@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from meshwright.config import Config, resolve_plan
+from meshwright.config import Config
 from meshwright.plan.plan import Plan
 from meshwright.train import state
 from meshwright.train.job import Job, batch_size, build, training_batch
 from meshwright.train.loop import deterministic
+from meshwright.train.plans import resolve_plan
 from meshwright.train.step import optimise
 
 TOLERANCE = 1e-8  # whole models in fp64

@@ -15,11 +15,12 @@ import torch
 
 from meshwright.checkpoint import read, write
 from meshwright.cluster import agree
-from meshwright.config import Config, resolve_plan
+from meshwright.config import Config
 from meshwright.guard.inject import fault_point
 from meshwright.parallel.account import totals
 from meshwright.train import memory, outcome, rundir, signals, state
 from meshwright.train.job import Job, batch_size, build, training_batch
+from meshwright.train.plans import resolve_plan
 from meshwright.train.progress import Display
 from meshwright.train.step import optimise
 from meshwright.train.validate import validate
