@@ -76,7 +76,7 @@ def _slow_halves() -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def _widened(x: torch.Tensor) -> bool:
+def widened(x: torch.Tensor) -> bool:
     """Whether a convolution of `x` is computed in fp32 and rounded: up to 100 times faster where halves are slow."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and _slow_halves()
 
@@ -107,7 +107,7 @@ def conv_forward(
 def _kernel(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv: Conv, alike: Sequence[int]
 ) -> torch.Tensor:
-    if _widened(x):
+    if widened(x):
         wide = None if bias is None else bias.float()
         return _kernel(x.float(), weight.float(), wide, conv, alike).to(x.dtype)
     zeros = [0] * len(alike)
@@ -158,7 +158,7 @@ def _kernel_backward(
     alike: Sequence[int],
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    if _widened(x):
+    if widened(x):
         out = _kernel_backward(grad.float(), x.float(), weight.float(), conv, alike, mask)
         d_x, d_weight, d_bias = (None if t is None else t.to(x.dtype) for t in out)
         return d_x, d_weight, d_bias

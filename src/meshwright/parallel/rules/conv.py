@@ -34,7 +34,7 @@ from meshwright.parallel.functions import (
     placements_of,
     tuple_of,
 )
-from meshwright.parallel.kernels import Conv, conv_backward, conv_forward
+from meshwright.parallel.kernels import Conv, conv_backward, conv_forward, widened
 from meshwright.parallel.layout import axis_of, local_shape, owned, split_axes
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
@@ -299,7 +299,7 @@ def conv_transpose(
             0
         )
     x, weight, bias = autocast(x, weight, bias)
-    native = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[n]
+    native: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[n]
     stride, dilation, padding = tuple_of(stride, n), tuple_of(dilation, n), tuple_of(padding, n)
     extra = tuple_of(output_padding, n)
     x = gathered(x, [1], "conv_transpose")
@@ -344,7 +344,8 @@ def conv_transpose(
             and (local.shape[dim] - 1) * stride[dim - 2] + dilation[dim - 2] * (kernel[dim - 2] - 1) + 1 == out.size
             for dim, out, start in crops
         )
-        y = native(local, w, b if exact else None, stride, local_pad, local_extra, groups, dilation)
+        wide: Any = [t.float() if t is not None and widened(local) else t for t in (local, w, b if exact else None)]
+        y = native(*wide, stride, local_pad, local_extra, groups, dilation).to(local.dtype)
         for dim, out, start in crops if not exact else []:
             y = _crop(y, dim, start, out)
     if b is not None and not exact:

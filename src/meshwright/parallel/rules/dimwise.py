@@ -179,7 +179,15 @@ def index_select(func: Any, args: Any, kwargs: Any) -> Any:
     return x if mutable(func) else like(out, x)
 
 
-@operator(aten.gather.default, aten.scatter.src, aten.scatter.value, aten.scatter_add.default)
+@operator(
+    aten.gather.default,
+    aten.scatter.src,
+    aten.scatter.value,
+    aten.scatter_add.default,
+    aten.scatter_.src,
+    aten.scatter_.value,
+    aten.scatter_add_.default,
+)
 def gather_scatter(func: Any, args: Any, kwargs: Any) -> Any:
     """Elementwise lookups along a whole dim; the other dims of all operands must agree where they are split."""
     x, dim, index = args[:3]
@@ -190,10 +198,13 @@ def gather_scatter(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     if any(t.shape[d] != reference.shape[d] for t in tensors for _, d in splits(target)):
         return NotImplemented
+    if mutable(func) and (not is_mesh(x) or tuple(x._spec.placements) != target):
+        return NotImplemented
 
     def part(value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         return placed(value, target, cause) if is_mesh(value) else cut(value, target, mesh)
 
-    return _resized(func(*(part(a) for a in args), **kwargs), reference)
+    out = func(*(part(a) for a in args), **kwargs)
+    return x if mutable(func) else _resized(out, reference)

@@ -89,10 +89,10 @@ def squeeze(func: Any, args: Any, kwargs: Any) -> Any:
 def expand(func: Any, args: Any, kwargs: Any) -> Any:
     """Dims of size 1 repeated without memory; the splits of the other dims stay."""
     x = args[0]
-    wide = [dim for _, dim in splits(tuple(x._spec.placements)) if x._spec.shape[dim] == 1]
-    x = reshard(x, wide, cause_of(func, args))
+    lead = len(args[1]) - len(x._spec.shape)
+    grows = {dim for dim, size in enumerate(x._spec.shape) if size == 1 and args[1][dim + lead] not in (-1, 1)}
+    x = reshard(x, sorted(grows), cause_of(func, args))
     mesh, placements, shape = _parts(x)
-    lead = len(args[1]) - len(shape)
     target = tuple(shape[dim - lead] if size == -1 else size for dim, size in enumerate(args[1]))
     new = moved(placements, tuple(dim + lead for dim in range(len(shape))))
     local = list(target)
