@@ -111,6 +111,8 @@ def test_soft_dice_of_certain_logits_is_hard_dice_and_its_gradient_is_right() ->
     logits = torch.randn(1, 3, 3, 4, 5)
     certain = 1e4 * logits
     assert soft_dice(certain, target).item() == pytest.approx(1 - hard_dice(logits, target).mean().item(), abs=1e-5)
+    assert soft_dice(logits.bfloat16(), target).dtype == torch.float32
+    assert soft_dice(logits.double(), target).dtype == torch.float64
     logits.requires_grad_()
     soft_dice(logits, target).backward()
     step = 1e-2

@@ -17,10 +17,11 @@ def _all_but_channels(logits: Tensor) -> tuple[int, ...]:
 
 
 def soft_dice(logits: Tensor, target: Tensor) -> Tensor:
-    """1 − mean over classes of the soft Dice overlap of softmax(logits) and `target`: a scalar in [0, 1], fp32.
+    """1 − mean over classes of the soft Dice overlap of softmax(logits) and `target`: a scalar in [0, 1].
 
-    logits [N, C, D, H, W] of any floating dtype, target [N, D, H, W] of any integer dtype. The sums run over the
-    whole batch and volume. Source: Milletari et al., "V-Net", 3DV 2016, with p instead of p² in the denominator.
+    logits [N, C, D, H, W] of any floating dtype (computed in fp32 at least), target [N, D, H, W] of any integer dtype.
+    The sums run over the whole batch and volume. Source: Milletari et al., "V-Net", 3DV 2016, with p instead of p² in
+    the denominator.
     """
     wide = logits.float() if logits.dtype in (torch.bfloat16, torch.float16) else logits
     probability = wide.softmax(dim=1)
