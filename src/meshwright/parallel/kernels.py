@@ -7,6 +7,7 @@ input only where there is none.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -54,20 +55,51 @@ def _spatial_pad(x: torch.Tensor, pads: Sequence[_Pad]) -> torch.Tensor:
     return F.pad(x, flat) if any(flat) else x
 
 
-def _order(x: torch.Tensor) -> tuple[int, ...] | None:
-    """A permutation of the spatial dims that keeps fp32 CPU convolutions on the fast kernel, or None for as it is.
+def _slabs(x: torch.Tensor, out_depth: int) -> int:
+    """Into how many slabs along the first spatial dim a convolution is cut to stay on the fast kernel; 1: as it is.
 
-    Source: the condition `use_mkldnn` of torch's convolution, measured in `docs/constants.md`.
+    For fp32 on the CPU torch leaves oneDNN for a reference kernel where N == 1 and N * C * D * H <= CLIFF (the
+    condition `use_mkldnn` of its convolution; measured in docs/constants.md). Slabs become a batch: N > 1.
     """
     if x.device.type != "cpu" or x.dtype != torch.float32 or x.ndim != 5 or x.shape[0] != 1:
-        return None
-    sizes = x.shape[2:]
-    if x.shape[1] * sizes[0] * sizes[1] > CLIFF:
-        return None
-    order = tuple(sorted(range(3), key=lambda dim: -sizes[dim]))
-    if x.shape[1] * sizes[order[0]] * sizes[order[1]] <= CLIFF or order == (0, 1, 2):
-        return None
-    return order
+        return 1
+    if x.shape[1] * x.shape[2] * x.shape[3] > CLIFF:
+        return 1
+    return next((n for n in range(2, out_depth + 1) if out_depth % n == 0), 1)
+
+
+def _cut(x: torch.Tensor, slabs: int, outputs: int, reach: int, stride: int, alike: int) -> torch.Tensor:
+    """Overlapping slabs of a small input as a batch: [1, C, D, H, W] → [slabs, C, what `outputs` planes read, H, W]."""
+    padded = F.pad(x, [0, 0, 0, 0, alike, alike]) if alike else x
+    windows = padded.unfold(2, (outputs - 1) * stride + reach, outputs * stride)[:, :, :slabs]
+    batch = windows[0].permute(1, 0, 4, 2, 3)
+    return batch.contiguous(memory_format=_format(x))
+
+
+def _format(x: torch.Tensor) -> torch.memory_format:
+    last = x.is_contiguous(memory_format=torch.channels_last_3d)
+    return torch.channels_last_3d if last else torch.contiguous_format
+
+
+def _joined(y: torch.Tensor) -> torch.Tensor:
+    """[n, C, D, H, W] → [1, C, n D, H, W]; no copy in channels_last_3d."""
+    n, c, d, h, w = y.shape
+    if _format(y) is torch.channels_last_3d:
+        return y.permute(0, 2, 3, 4, 1).reshape(1, n * d, h, w, c).permute(0, 4, 1, 2, 3)
+    return y.transpose(0, 1).reshape(1, c, n * d, h, w)
+
+
+def _parted(y: torch.Tensor, n: int) -> torch.Tensor:
+    """[1, C, n D, H, W] → [n, C, D, H, W]; no copy in channels_last_3d."""
+    _, c, d, h, w = y.shape
+    if _format(y) is torch.channels_last_3d:
+        return y.permute(0, 2, 3, 4, 1).reshape(n, d // n, h, w, c).permute(0, 4, 1, 2, 3)
+    return y.reshape(c, n, d // n, h, w).transpose(0, 1)
+
+
+def _is_pointwise(weight: torch.Tensor, conv: Conv, alike: Sequence[int]) -> bool:
+    """A kernel of one voxel: a matrix product, which torch on one thread hands to the reference kernel."""
+    return math.prod(weight.shape[2:]) == 1 == max(conv.stride) == conv.groups and not any(alike)
 
 
 @lru_cache(maxsize=1)
@@ -79,10 +111,6 @@ def _slow_halves() -> bool:
 def widened(x: torch.Tensor) -> bool:
     """Whether a convolution of `x` is computed in fp32 and rounded: up to 100 times faster where halves are slow."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and _slow_halves()
-
-
-def _permuted(tensors: Sequence[torch.Tensor], order: Sequence[int]) -> list[torch.Tensor]:
-    return [t.permute(0, 1, *(2 + dim for dim in order)) for t in tensors]
 
 
 def conv_forward(
@@ -111,13 +139,22 @@ def _kernel(
         wide = None if bias is None else bias.float()
         return _kernel(x.float(), weight.float(), wide, conv, alike).to(x.dtype)
     zeros = [0] * len(alike)
-    order = _order(x)
-    if order is None:
-        return torch.ops.aten.convolution(x, weight, bias, conv.stride, alike, conv.dilation, False, zeros, conv.groups)
-    x, weight = _permuted([x, weight], order)
-    stride, pad, dilation = ([values[dim] for dim in order] for values in (conv.stride, alike, conv.dilation))
-    out = torch.ops.aten.convolution(x, weight, bias, stride, pad, dilation, False, zeros, conv.groups)
-    return _permuted([out], [order.index(dim) for dim in range(3)])[0]
+    if _matrix(x) and _is_pointwise(weight, conv, alike):
+        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+    args = (conv.stride, alike, conv.dilation, False, zeros, conv.groups)
+    reach = conv.dilation[0] * (weight.shape[2] - 1) + 1
+    depth = (x.shape[2] + 2 * alike[0] - reach) // conv.stride[0] + 1
+    slabs = _slabs(x, depth)
+    if slabs == 1:
+        return torch.ops.aten.convolution(x, weight, bias, *args)
+    batch = _cut(x, slabs, depth // slabs, reach, conv.stride[0], alike[0])
+    args = (conv.stride, [0, *alike[1:]], conv.dilation, False, zeros, conv.groups)
+    return _joined(torch.ops.aten.convolution(batch, weight, bias, *args))
+
+
+def _matrix(x: torch.Tensor) -> bool:
+    """Whether the channels of `x` lie together, so that its voxels are the rows of a matrix."""
+    return x.device.type == "cpu" and x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def conv_backward(
@@ -162,19 +199,27 @@ def _kernel_backward(
         out = _kernel_backward(grad.float(), x.float(), weight.float(), conv, alike, mask)
         d_x, d_weight, d_bias = (None if t is None else t.to(x.dtype) for t in out)
         return d_x, d_weight, d_bias
-    zeros = [0] * len(alike)
+    if _matrix(x) and _is_pointwise(weight, conv, alike):
+        rows, flat = grad.movedim(1, -1).flatten(0, -2), weight.flatten(1)
+        d_x = (rows @ flat).view(*grad.movedim(1, -1).shape[:-1], -1).movedim(-1, 1) if mask[0] else None
+        d_weight = (rows.t() @ x.movedim(1, -1).flatten(0, -2)).view(weight.shape) if mask[1] else None
+        return d_x, d_weight, rows.sum(0) if mask[2] else None
+    backward, zeros = torch.ops.aten.convolution_backward, [0] * len(alike)
     bias_sizes = [weight.shape[0]] if mask[2] else None
-    order = _order(x)
-    backward = torch.ops.aten.convolution_backward
-    if order is None:
-        out = backward(grad, x, weight, bias_sizes, conv.stride, alike, conv.dilation, False, zeros, conv.groups, mask)
-        return tuple(out)
-    grad, x, weight = _permuted([grad, x, weight], order)
-    stride, pad, dilation = ([values[dim] for dim in order] for values in (conv.stride, alike, conv.dilation))
-    d_x, d_weight, d_bias = backward(
-        grad, x, weight, bias_sizes, stride, pad, dilation, False, zeros, conv.groups, mask
-    )
-    back = [order.index(dim) for dim in range(3)]
-    d_x = _permuted([d_x], back)[0] if mask[0] else None
-    d_weight = _permuted([d_weight], back)[0] if mask[1] else None
-    return d_x, d_weight, d_bias
+    slabs = _slabs(x, grad.shape[2])
+    if slabs == 1:
+        args = (conv.stride, alike, conv.dilation, False, zeros, conv.groups, mask)
+        d_x, d_weight, d_bias = backward(grad, x, weight, bias_sizes, *args)
+        return d_x, d_weight, d_bias
+    reach, step = conv.dilation[0] * (weight.shape[2] - 1) + 1, conv.stride[0]
+    outputs = grad.shape[2] // slabs
+    batch = _cut(x, slabs, outputs, reach, step, alike[0])
+    args = (conv.stride, [0, *alike[1:]], conv.dilation, False, zeros, conv.groups, mask)
+    d_batch, d_weight, d_bias = backward(_parted(grad, slabs), batch, weight, bias_sizes, *args)
+    if not mask[0]:
+        return None, d_weight, d_bias
+    shape = (1, x.shape[1], x.shape[2] + 2 * alike[0], *x.shape[3:])
+    d_x = torch.zeros(shape, dtype=x.dtype).contiguous(memory_format=_format(x))
+    for index in range(slabs):
+        d_x.narrow(2, index * outputs * step, batch.shape[2]).add_(d_batch[index])
+    return d_x.narrow(2, alike[0], x.shape[2]), d_weight, d_bias

@@ -117,6 +117,8 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     elif _pointwise(func):
         assert _pointwise_rule is not None
         return _pointwise_rule(func, args, kwargs)
+    if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+        return func.decompose(*args, **kwargs)  # inference mode hands these over in one piece
     return fallback(func, args, kwargs)
 
 
