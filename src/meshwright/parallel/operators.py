@@ -100,6 +100,11 @@ def _map(values: Any, change: Callable[[Any], Any]) -> Any:
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run one ATen operator on mesh tensors."""
     if mutable(func):
+        if torch.Tag.inplace_view in func.tags and func not in OPERATORS:
+            raise UnsupportedError(
+                f"{func} in layer {layer()!r} changes the shape of a mesh tensor in place; "
+                "use the form without underscore, which returns a new tensor"
+            )
         target = args[0] if args else None
         if is_mesh(target) and getattr(target, "_frozen_view", False):
             raise UnsupportedError(
