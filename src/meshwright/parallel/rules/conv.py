@@ -100,7 +100,7 @@ class SpatialConv(Function):
         ctx.spans = [span for span, _ in halos]
         ctx.constants = conv, pads, cut, bias is not None
         ctx.save_for_backward(x, weight, *(piece for _, piece in halos))
-        return torch.ops.aten._unsafe_view(y, y.shape)  # a permuted kernel's result is a view; in-place work may follow
+        return _own(y)
 
     @staticmethod
     @once_differentiable
@@ -140,6 +140,11 @@ class SpatialConv(Function):
             for span, _, piece in posted.pieces():
                 d_x.narrow(cut.line.dim, span.lo - cut.owned[cut.line.me].lo, span.size).add_(piece)
         return d_x, d_weight, d_bias, None, None, None, None
+
+
+def _own(y: torch.Tensor) -> torch.Tensor:
+    """`y` as no view, without a copy: slabs join as a view, and in-place work may follow on a plain tensor."""
+    return torch.ops.aten._unsafe_view(y, y.shape).as_strided_(y.shape, y.stride()) if y._is_view() else y
 
 
 def _main_forward(
