@@ -184,6 +184,8 @@ def shards_only(placements: Placements, dims: Sequence[int]) -> bool:
 
 def reshard(x: Any, dims: Sequence[int], cause: Cause) -> Any:
     """`x` made whole along `dims` (the other splits stay)."""
+    if shards_only(tuple(x._spec.placements), dims):
+        return x
     target = tuple(REPLICATE if isinstance(p, Shard) and p.dim in dims else p for p in x._spec.placements)
     return wrap(placed(x, target, cause), x._spec.mesh, target, tuple(x._spec.shape), x._ledger)
 
