@@ -59,6 +59,12 @@ def move(
     return local
 
 
+def same(local: torch.Tensor) -> torch.Tensor:
+    """A view with equal strides. (`view_as` changes the stride of a batch of one, by which torch then no longer
+    recognises `channels_last` and takes slow kernels.)"""
+    return torch.ops.aten.alias.default(local)
+
+
 def one_split_per_dim(placements: Placements) -> bool:
     """Whether no dim is split by two axes at once (such layouts are not used here)."""
     dims = [dim for _, dim in splits(placements)]
@@ -72,7 +78,7 @@ class _Redistribute(Function):
         ctx.source, ctx.cause = tuple(x._spec.placements), cause
         local = move(x._local_tensor, mesh, shape, ctx.source, target, cause)
         if local is x._local_tensor:
-            local = local.view_as(local)
+            local = same(local)
         return wrap(local, mesh, target, shape, x._ledger)
 
     @staticmethod
@@ -114,7 +120,7 @@ class _ToLocal(Function):
         )
         ctx.set_materialize_grads(False)
         local: torch.Tensor = x._local_tensor
-        return local.view_as(local)
+        return same(local)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor | None) -> Any:
@@ -144,7 +150,7 @@ class _FromLocal(Function):
     ) -> MeshTensor:
         ctx.placements = placements
         ctx.cause = Cause(ledger, (layer(), "gradient"))
-        return wrap(local.view_as(local), mesh, placements, shape, ledger)
+        return wrap(same(local), mesh, placements, shape, ledger)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:

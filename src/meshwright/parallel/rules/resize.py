@@ -1,8 +1,9 @@
 """Interpolation (`F.interpolate`, `nn.Upsample`) on split space: nearest, nearest-exact and linear, 1-D to 3-D.
 
 Along a split dim each output reads one (nearest) or two (linear) input positions, given by global coordinates as torch
-computes them. Only positions that some output reads travel. Split dims are resampled first, one after the other;
-whatever the plain operator can do on the window (dims that are whole, integer factors) is left to it.
+computes them. Only positions that some output reads travel. The windows of all split dims are fetched first, then these
+dims are resampled one by one; what the plain operator can do on a window (integer factors) is left to it, with the dims
+that are whole.
 """
 
 from __future__ import annotations
@@ -114,26 +115,22 @@ class _Rest:
     keep: int
 
 
-def _resample(local: torch.Tensor, s: Sampling, line: Line) -> tuple[torch.Tensor, _Rest]:
-    """Resample a split dim, or only fetch its window and leave the rest to the plain operator where it can."""
+def _resample(local: torch.Tensor, s: Sampling, window: Interval, line: Line) -> tuple[torch.Tensor, _Rest]:
+    """Resample the window of a split dim, or leave it to the plain operator where that can."""
     taps = _taps(s)
-    local, window = _window(local, s, taps, line)
     out, dim, size = chunks(s.out, line.ranks)[line.me], line.dim, window.size
-    if not out.size:
-        return local, _Rest(0, None, 0, 0)
     factor = s.out // s.size
     if s.mode == "linear" and s.out == factor * s.size and not s.align_corners and s.scale in (None, factor):
         return local, _Rest(factor * size, None, out.lo - factor * window.lo, out.size)
-    low = [at - window.lo for at in taps.low[out.lo : out.hi]]
+    low = torch.tensor(taps.low[out.lo : out.hi], device=local.device) - window.lo
     if s.mode != "linear":
-        if low != list(_nearest(s, size, out.size)):
-            local = local.index_select(dim, torch.tensor(low, device=local.device))
+        if tuple(low.tolist()) != _nearest(s, size, out.size):
+            local = local.index_select(dim, low)
         return local, _Rest(out.size, None, 0, out.size)
-    high = [at - window.lo for at in taps.high[out.lo : out.hi]]
+    high = torch.tensor(taps.high[out.lo : out.hi], device=local.device) - window.lo
     weight = taps.weight[out.lo : out.hi].to(local.device, local.dtype).view(-1, *(1 for _ in local.shape[dim + 1 :]))
-    first = local.index_select(dim, torch.tensor(low, device=local.device))
-    second = local.index_select(dim, torch.tensor(high, device=local.device))
-    return first * (1 - weight) + second * weight, _Rest(out.size, None, 0, out.size)
+    local = local.index_select(dim, low) * (1 - weight) + local.index_select(dim, high) * weight
+    return local, _Rest(out.size, None, 0, out.size)
 
 
 @lru_cache(maxsize=1024)
@@ -221,19 +218,19 @@ def _local(
     aligned: bool,
 ) -> torch.Tensor:
     """This rank's part of the result."""
-    dtype, rests = local.dtype, []
-    split = [space.line(i + 2) is not None for i in range(len(sizes))]
-    if kind == "linear" and any(split) and dtype in (torch.bfloat16, torch.float16):
-        local = local.float()  # torch rounds once, after all dims
-    for i, (out, factor) in enumerate(zip(sizes, factors, strict=True)):
+    dtype, rests, cuts = local.dtype, [], []
+    for i, (out, factor) in enumerate(zip(sizes, factors, strict=True)):  # all windows before any dim grows
+        rests.append(_Rest(out, factor, 0, out))
         line = space.line(i + 2)
-        if line is None:
-            rests.append(_Rest(out, factor, 0, out))
-            continue
-        sampling = Sampling(kind, space.shape[i + 2], out, factor, aligned, dtype == torch.float64)
-        local, rest = _resample(local, sampling, line)
-        rests.append(rest)
+        if line is not None:
+            sampling = Sampling(kind, space.shape[i + 2], out, factor, aligned, dtype == torch.float64)
+            local, window = _window(local, sampling, _taps(sampling), line)
+            cuts.append((i, sampling, window, line))
     target = space.local_shape((*space.shape[:2], *sizes))
     if 0 in target:
-        return nothing(local, target, lambda one: one).to(dtype)
+        return nothing(local, target, lambda one: one)
+    if cuts and kind == "linear" and dtype in (torch.bfloat16, torch.float16):
+        local = local.float()  # torch rounds once, after all dims
+    for i, sampling, window, line in cuts:
+        local, rests[i] = _resample(local, sampling, window, line)
     return _plain(kind, local, rests, aligned).to(dtype)
