@@ -122,6 +122,34 @@ def in_place(x: Tensor) -> Tensor:
     return z
 
 
+def in_place_after() -> list[Case]:
+    """An in-place ReLU behind every kind of layer, as `nn.ReLU(inplace=True)` is used: legal where torch allows it."""
+    layers: dict[str, Callable[[], nn.Module]] = {
+        "conv": lambda: nn.Conv3d(4, 4, 3, padding=1),
+        "conv_transpose": lambda: nn.ConvTranspose3d(4, 4, 2, stride=2),
+        "conv_circular": lambda: nn.Conv3d(4, 4, 3, padding=1, padding_mode="circular"),
+        "batch_norm": lambda: nn.BatchNorm3d(4),
+        "group_norm": lambda: nn.GroupNorm(2, 4),
+        "instance_norm": lambda: nn.InstanceNorm3d(4),
+        "layer_norm": lambda: nn.LayerNorm((9, 10, 7)),
+        "max_pool": lambda: nn.MaxPool3d(2),
+        "avg_pool": lambda: nn.AvgPool3d(2),
+        "adaptive": lambda: nn.AdaptiveAvgPool3d((3, 5, 2)),
+        "upsample": lambda: nn.Upsample(scale_factor=2, mode="trilinear"),
+        "pad": lambda: nn.ConstantPad3d(1, 0.5),
+        "reflect": lambda: nn.ReflectionPad3d(1),
+        "cat": lambda: Call(lambda x: torch.cat([x, x], 1)),
+        "flip": lambda: Call(lambda x: x.flip(2)),
+        "flatten": lambda: nn.Sequential(nn.Conv3d(4, 2, 1), nn.Flatten(), nn.Linear(1260, 3)),
+        "slice": lambda: Call(lambda x: (x * 2)[:, 1:3]),
+    }
+    bound = Bound(whole=True, statistics=lambda shapes: 4 * 4 * 3 + 4)  # the layers themselves are bounded elsewhere
+    return [
+        Case(f"in_place_after_{name}", lambda make=make: nn.Sequential(make(), nn.ReLU(inplace=True)), (X3,), bound)
+        for name, make in layers.items()
+    ]
+
+
 def masked_by_shape(x: Tensor) -> Tensor:
     """Plain tensors built from the global shape: a ramp along a split dim, a mask."""
     d, h = x.shape[2], x.shape[3]
@@ -211,6 +239,7 @@ CASES = [
     case("elementwise_1d", lambda a: torch.tanh(a) * a, X1),
     case("comparisons", comparisons, X3, grad=False),
     case("in_place", in_place, X3, sample=True),
+    *in_place_after(),
     case("operators_in_place", lambda x: operator.imul(operator.iadd(x + 0, 1), x), X2),
     case("masked_by_shape", masked_by_shape, X3),
     case("masked_fill", lambda x: x.masked_fill(x > 1, 0.0), X2),

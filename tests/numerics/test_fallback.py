@@ -14,7 +14,11 @@ Runner = Callable[[Key], list[Record]]
 @pytest.fixture(scope="session")
 def fallback_runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder = tmp_path_factory.mktemp("fallback")
-    wanted = [item.callspec.params["key"] for item in request.session.items if item.originalname == "test_fallback"]
+    wanted = [
+        item.callspec.params["key"]
+        for item in request.session.items
+        if getattr(item, "originalname", "") == "test_fallback"
+    ]
     done: dict[Key, list[Record]] = {}
 
     def records(key: Key) -> list[Record]:

@@ -7,42 +7,36 @@ from pathlib import Path
 
 import pytest
 from harness import plan_of
+from harness_driver import Key, Record, run_all, verdict
 from models_exact import MODELS, save_reference, worker
 
-import meshwright as mw
-
-LIMIT = 1e-8
-CASES = [(name, plan) for name, model in MODELS.items() for plan in model.plans]
-Runner = Callable[[str, str], dict[str, float]]
+KEYS: list[Key] = [(name, plan) for name, model in MODELS.items() for plan in model.plans]
+Runner = Callable[[Key], list[Record]]
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Runner:
     folder: Path = tmp_path_factory.mktemp("models")
-    wanted = [
-        (item.callspec.params["name"], item.callspec.params["plan"])
-        for item in request.session.items
-        if item.originalname == "test_same_weights"
-    ]
-    done: dict[tuple[str, int], dict[str, dict[str, float]]] = {}
+    items = [item for item in request.session.items if getattr(item, "originalname", "") == "test_same_weights"]
+    wanted = [item.callspec.params["key"] for item in items]
+    for name in {key[0] for key in wanted}:
+        save_reference(name, folder)
+    done: dict[int, dict[Key, list[Record]]] = {}
 
-    def errors(name: str, plan: str) -> dict[str, float]:
-        ranks = plan_of(plan).ranks
-        if (name, ranks) not in done:
-            if not (folder / f"{name}.npz").exists():
-                save_reference(name, folder)
-            keys = [key for key in wanted if key[0] == name and plan_of(key[1]).ranks == ranks]
-            done[name, ranks] = mw.launch(worker, ranks=ranks, args=(keys, str(folder)), threads=1)[0]
-        return done[name, ranks][f"{name}-{plan}"]
+    def records(key: Key) -> list[Record]:
+        ranks = plan_of(key[1]).ranks
+        if ranks not in done:
+            done[ranks] = run_all(worker, [k for k in wanted if plan_of(k[1]).ranks == ranks], ranks, folder)
+        return done[ranks][key]
 
-    return errors
+    return records
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("name", "plan"), CASES)
-def test_same_weights(name: str, plan: str, trained: Runner) -> None:
+@pytest.mark.parametrize("key", KEYS, ids=["-".join(key) for key in KEYS])
+def test_same_weights(key: Key, trained: Runner) -> None:
     """Losses of every step, weights and running statistics at the end."""
-    errors = trained(name, plan)
-    wrong = {key: value for key, value in errors.items() if not value <= LIMIT}
-    assert not wrong, f"{name} under {plan_of(plan)}: {wrong}"
-    assert len(errors) > 10
+    records = trained(key)
+    problem = verdict(records)
+    assert not problem, f"{key[0]} under {plan_of(key[1])}:\n{problem}"
+    assert all(len(record.errors) > 10 for record in records)

@@ -20,7 +20,11 @@ Runner = Callable[[Key], list[Record]]
 @pytest.fixture(scope="session")
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runner:
     folder: Path = tmp_path_factory.mktemp("cases")
-    wanted = [item.callspec.params["key"] for item in request.session.items if item.originalname == "test_case"]
+    wanted = [
+        item.callspec.params["key"]
+        for item in request.session.items
+        if getattr(item, "originalname", "") == "test_case"
+    ]
     done: dict[int, dict[Key, list[Record]]] = {}
 
     def records(key: Key) -> list[Record]:
