@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 import cases_conv
+import cases_corners
 import cases_norm
 import cases_pool
 import cases_random
@@ -22,6 +23,7 @@ OPERATIONS: list[Case] = [
     *cases_shape.CASES,
     *cases_reduce.CASES,
     *cases_random.CASES,
+    *cases_corners.CASES,
 ]
 KEYS: list[Key] = [(case.name, plan) for case in [*OPERATIONS, *scenarios.SCENARIOS] for plan in case.all_plans()]
 

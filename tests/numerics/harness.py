@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from harness_bounds import Bound
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -174,6 +175,7 @@ def run_parallel(case: Case, plan: mw.Plan) -> Outcome:
     """The same under `parallelize`, through nothing but the public interface."""
     plain, steps, generator = build(case, case.dtype)
     module = mw.parallelize(copy.deepcopy(plain), plan, strict=case.strict)
+    torch.manual_seed(case.seed() + (dist.get_rank() if dist.is_initialized() else 0))  # ranks need not agree
     out = Outcome()
     for inputs in steps:
         args = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import scenarios_corners as corners
 import scenarios_flow as flow
 import scenarios_use as use
 from scenario_kit import Scenario
@@ -33,4 +34,17 @@ SCENARIOS = [
     Scenario("random_calls", use.random_calls, plans=("d4", "d2h2", "n2d2")),
     Scenario("report_rows", use.report_rows),
     Scenario("target_forms", use.functional_loss_target_forms, plans=("d4", "n2d2")),
+    Scenario("full_tensor_loss", corners.full_tensor_loss, plans=("d4", "d2h2", "n2d2")),
+    Scenario("to_local_loss", corners.to_local_loss, plans=("d4", "d2h2", "n2d2")),
+    Scenario("shard_of_a_leaf", corners.shard_of_a_leaf, plans=("d4", "d2h2", "n2d2")),
+    Scenario("plain_weight", corners.plain_weight, plans=("d4", "d2h2", "n2d2")),
+    Scenario("own_generators", corners.own_generators),
+    Scenario("second_order", corners.second_order),
+    Scenario("moving_average", corners.moving_average, limit=1e-8),
+    Scenario("gradient_surgery", corners.gradient_surgery),
+    Scenario("optimizers", corners.optimizers, limit=1e-8),
+    Scenario("two_modules", corners.two_modules),
+    Scenario("conversion_after", corners.conversion_after),
+    Scenario("numbers", corners.numbers),
+    Scenario("writes", corners.writes, plans=("d4", "d2h2", "n2d2")),
 ]

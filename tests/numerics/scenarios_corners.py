@@ -1,0 +1,258 @@
+"""Uses at the edge of the promise: right, or refused in words; never wrong."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from harness import error, plan_of, whole
+from scenario_kit import Errors, Net, against, gradients, net, objective, sample, state, trained
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+import meshwright as mw
+from meshwright.errors import MeshwrightError
+
+
+def pair(plan: mw.Plan, strict: bool = True) -> tuple[nn.Module, Net, Tensor]:
+    plain = net()
+    return mw.parallelize(copy.deepcopy(plain), plan, strict=strict), plain, sample()
+
+
+def full_tensor_loss(plan: mw.Plan) -> Errors:
+    """A loss of `full_tensor()` is computed on every rank; the gradient counts once."""
+    module, plain, x = pair(plan)
+    objective(module(mw.shard(x, plan)).full_tensor()).backward()
+    return against(gradients(module), trained(plain, x))
+
+
+def to_local_loss(plan: mw.Plan) -> Errors:
+    """A loss of `to_local()`: the ranks' losses are summands of the global one."""
+    module, plain, x = pair(plan)
+    (module(mw.shard(x, plan)).to_local() ** 2).sum().backward()
+    (plain(x) ** 2).sum().backward()
+    return against(gradients(module), gradients(plain))
+
+
+def shard_of_a_leaf(plan: mw.Plan) -> Errors:
+    """`shard` is differentiable: the plain leaf gets the whole gradient."""
+    module, plain, x = pair(plan)
+    leaves = []
+    for model in (module, plain):
+        leaf = x.clone().requires_grad_()
+        objective(model(mw.shard(leaf * 1, plan) if model is module else leaf * 1)).backward()
+        leaves.append(leaf.grad)
+    return {"leaf": error(*leaves)}
+
+
+def plain_weight(plan: mw.Plan) -> Errors:
+    """A plain parameter that meets a split activation gets its whole gradient on every rank."""
+    x = sample()
+    found = []
+    for split in (True, False):
+        weight = sample(5, shape=(3, 1, 1, 1)).requires_grad_()
+        kernel = sample(6, shape=(2, 3, 3, 3, 3)).requires_grad_()
+        value = mw.shard(x, plan) if split else x
+        objective(F.conv3d(value * weight + weight.sum(), kernel, padding=1)).backward()
+        found.append({"weight": whole(weight.grad), "kernel": whole(kernel.grad)})
+    return against(*found)
+
+
+def own_generators(plan: mw.Plan) -> Errors:
+    """The ranks' global generators differ; weights drawn after `parallelize` are the same on every rank."""
+    module, _, x = pair(plan)
+    torch.manual_seed(1000 + (dist.get_rank() if dist.is_initialized() else 0))
+    try:
+        for p in module.parameters():
+            nn.init.normal_(p, std=0.1)
+    except MeshwrightError:
+        return {}  # refused in words
+    values = state(module)
+    if plan.ranks > 1:
+        for value in values.values():
+            first = value.clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(first, value), "the ranks drew different weights"
+    plain = net(3)
+    plain.load_state_dict(values)
+    return against(trained(module, mw.shard(x, plan)), trained(plain, x))
+
+
+def second_order(plan: mw.Plan) -> Errors:
+    """A gradient penalty: right, or refused; smooth layers, whose second derivative is not zero."""
+    torch.manual_seed(4)
+    plain = nn.Sequential(nn.Conv3d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 2, 3, padding=1)).double()
+    module = mw.parallelize(copy.deepcopy(plain), plan)
+
+    def penalty(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
+        value.requires_grad_()
+        (g,) = torch.autograd.grad(objective(model(value)), value, create_graph=True)
+        (g * g).sum().backward()
+        return gradients(model)
+
+    truth = penalty(plain, sample())
+    try:
+        ours = penalty(module, mw.shard(sample(), plan))
+    except (MeshwrightError, RuntimeError):
+        return {}
+    return against(ours, truth)
+
+
+def moving_average(plan: mw.Plan) -> Errors:
+    """Exponential moving averages and in-place arithmetic on parameters without gradients."""
+    module, plain, x = pair(plan)
+    found = []
+    for model, value in ((module, mw.shard(x, plan)), (plain, x)):
+        shadow = copy.deepcopy(model)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
+        for _ in range(2):
+            trained(model, value, 1, optimizer)
+            with torch.no_grad():
+                for mean, p in zip(shadow.parameters(), model.parameters(), strict=True):
+                    mean.mul_(0.9).add_(p, alpha=0.1)
+        found.append(state(shadow))
+    return against(*found)
+
+
+def gradient_surgery(plan: mw.Plan) -> Errors:
+    """Gradients read and changed between backward and step: norms, values, noise by hand, hooks."""
+    module, plain, x = pair(plan)
+    found = []
+    for model, value in ((module, mw.shard(x, plan)), (plain, x)):
+        model.last.weight.register_hook(lambda g: g * 3)
+        objective(model(value)).backward()
+        total = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
+        torch.nn.utils.clip_grad_value_(model.parameters(), 0.5)
+        for p in model.parameters():
+            p.grad.mul_(2).add_(p.detach(), alpha=0.1)
+        found.append(gradients(model) | {"norm": whole(total)})
+        model.zero_grad(set_to_none=False)
+    return against(*found)
+
+
+def optimizers(plan: mw.Plan) -> Errors:
+    """The optimisers of torch, their variants, and a schedule."""
+    makers = {
+        "sgd": lambda p: torch.optim.SGD(p, lr=0.01, momentum=0.9, nesterov=True),
+        "sgd_loop": lambda p: torch.optim.SGD(p, lr=0.01, foreach=False),
+        "adamw": lambda p: torch.optim.AdamW(p, lr=1e-3, eps=1e-4, amsgrad=True),
+        "adam_fused": lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-4, fused=True),
+        "adam_loop": lambda p: torch.optim.Adam(p, lr=1e-3, eps=1e-4, foreach=False),
+        "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, eps=1e-4),
+        "adagrad": lambda p: torch.optim.Adagrad(p, lr=1e-3, eps=1e-4),
+    }
+    errors: Errors = {}
+    for name, make in makers.items():
+        module, plain, x = pair(plan)
+        found = []
+        for model, value in ((module, mw.shard(x, plan)), (plain, x)):
+            optimizer = make(model.parameters())
+            schedule = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+            for _ in range(2):
+                trained(model, value, 1, optimizer)
+                schedule.step()
+            found.append(state(model))
+        errors |= {f"{name} {key}": value for key, value in against(*found).items()}
+    return errors
+
+
+def two_modules(plan: mw.Plan) -> Errors:
+    """One module feeds another (a generator and its critic); inputs of another plan are refused."""
+    plain_one, plain_two, x = (
+        net(1),
+        nn.Sequential(nn.Conv3d(2, 3, 3, padding=1), nn.AdaptiveAvgPool3d(1)).double(),
+        sample(),
+    )
+    one, two = (mw.parallelize(copy.deepcopy(m), plan, strict=True) for m in (plain_one, plain_two))
+    objective(two(one(mw.shard(x, plan)))).backward()
+    objective(plain_two(plain_one(x))).backward()
+    errors = against(gradients(one), gradients(plain_one))
+    errors |= {f"critic {k}": v for k, v in against(gradients(two), gradients(plain_two)).items()}
+    if plan.ranks == 4:
+        other = plan_of("h4")
+        try:
+            mixed = one(mw.shard(x, other))
+        except (MeshwrightError, ValueError, RuntimeError):
+            return errors
+        errors["another plan"] = error(whole(mixed), plain_one(x).detach())
+    return errors
+
+
+def conversion_after(plan: mw.Plan) -> Errors:
+    """`module.float()` after `parallelize`: right, or refused."""
+    module, plain, x = pair(plan)
+    try:
+        module.float()
+        y = module(mw.shard(x.float(), plan))
+        objective(y).backward()
+    except (MeshwrightError, RuntimeError, TypeError):
+        return {}
+    found = against({"output": whole(y), **gradients(module)}, {"output": plain(x).detach(), **trained(plain, x)})
+    return {name: max(0.0, value - 1e-4) for name, value in found.items()}
+
+
+def numbers(plan: mw.Plan) -> Errors:
+    """Reading values in Python: conditions, floats, lists, arrays, printing."""
+    x = sample()
+    split = mw.shard(x, plan)
+    assert bool((split > 100).any()) is False
+    assert float(split.max()) == float(x.max())
+    assert split.sum(dim=(0, 2, 3, 4)).shape == (3,)
+    assert len(split) == 2
+    assert split.numel() == x.numel()
+    assert isinstance(split, DTensor)
+    assert "depth" in repr(split) or "height" in repr(split) or plan.ranks == 1
+    flat = split.mean((2, 3, 4))
+    assert torch.tensor(flat.tolist(), dtype=torch.float64).shape == (2, 3)
+    if split.std() > 0.5:  # a condition on a global value: the same branch on every rank
+        flat = flat + 1
+    return {
+        "list": error(torch.tensor(flat.tolist(), dtype=torch.float64), x.mean((2, 3, 4)) + 1),
+        "array": error(torch.from_numpy(flat.numpy().copy()), x.mean((2, 3, 4)) + 1),
+    }
+
+
+def writes(plan: mw.Plan) -> Errors:
+    """Writing into parts of a split tensor changes it everywhere, or is refused; it is never lost."""
+    x = sample()
+
+    def cut(t: Tensor) -> None:
+        t[:, :, 2:5] = 0
+
+    def row(t: Tensor) -> None:
+        t[..., 1] += 1
+
+    def one(t: Tensor) -> None:
+        t[0, 1, 4, 3, 2] = 9
+
+    def masked(t: Tensor) -> None:
+        t[t > 1] = 0
+
+    def channel(t: Tensor) -> None:
+        t[:, 1] = t[:, 0] * 2
+
+    def narrow(t: Tensor) -> None:
+        t.narrow(2, 1, 3).mul_(5)
+
+    def split(t: Tensor) -> None:
+        for index, piece in enumerate(t.chunk(3, 2)):
+            piece.mul_(index)
+
+    def flat(t: Tensor) -> None:
+        t.view(2, 3, -1).add_(1)
+
+    def flipped(t: Tensor) -> None:
+        t.transpose(2, 3).diagonal(dim1=2, dim2=3).zero_()
+
+    errors: Errors = {}
+    for write in (cut, row, one, masked, channel, narrow, split, flat, flipped):
+        value, truth = mw.shard(x, plan), x.clone()
+        write(truth)
+        try:
+            write(value)
+        except (MeshwrightError, RuntimeError):
+            continue
+        errors[write.__name__] = error(whole(value), truth)
+    return errors
