@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from harness import Call, Case, Input
@@ -43,7 +46,9 @@ def in_place_draws(x: Tensor) -> Tensor:
     return x + torch.empty_like(x).normal_(0.5, 2.0) + torch.empty_like(x).uniform_(-1, 1)
 
 
-def one(name: str, make, *inputs: Input, bound: Bound | None = NOTHING, **options) -> Case:
+def one(
+    name: str, make: Callable[[], nn.Module], *inputs: Input, bound: Bound | None = NOTHING, **options: Any
+) -> Case:
     return Case(name, make, inputs, bound, reference="one", steps=2, **options)
 
 

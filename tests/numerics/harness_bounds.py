@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import meshwright as mw
 
 Shape = tuple[int, ...]
+Sizes = int | Sequence[int]  # one number for every spatial dim, or one for each
 Needs = Callable[[int, range], Iterable[int]]  # (size of the input dim, output positions) -> input positions
 
 
@@ -101,7 +102,7 @@ def _along(stages: Sequence[Stage], plan: mw.Plan, shape: Shape, layout: str | N
     return total
 
 
-def per_dim(value: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+def per_dim(value: Sizes, ndim: int) -> tuple[int, ...]:
     return (value,) * ndim if isinstance(value, int) else tuple(value)
 
 
@@ -137,6 +138,7 @@ def _pads(p, ndim, k, d) -> list[tuple[int, int]]:
         return [(span // 2, span - span // 2) for span in spans]
     if p == "valid":
         return [(0, 0)] * ndim
+    assert not isinstance(p, str)
     return [(pp, pp) for pp in per_dim(p, ndim)]
 
 

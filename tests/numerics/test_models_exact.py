@@ -8,9 +8,8 @@ from pathlib import Path
 import pytest
 from harness import plan_of
 from harness_driver import Key, Record, run_all, verdict
-from models_exact import MODELS, save_reference, worker
+from models_exact import KEYS, MODELS, save_reference, worker
 
-KEYS: list[Key] = [(name, plan) for name, model in MODELS.items() for plan in model.plans]
 Runner = Callable[[Key], list[Record]]
 
 
@@ -19,7 +18,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReq
     folder: Path = tmp_path_factory.mktemp("models")
     items = [item for item in request.session.items if getattr(item, "originalname", "") == "test_same_weights"]
     wanted = [item.callspec.params["key"] for item in items]
-    for name in {key[0] for key in wanted}:
+    for name in {key[0] for key in wanted} & set(MODELS):
         save_reference(name, folder)
     done: dict[int, dict[Key, list[Record]]] = {}
 
