@@ -30,7 +30,7 @@ import meshwright as mw
 from meshwright.models.small_unet import benchmark_unet
 from meshwright.parallel.account import Totals, totals
 from meshwright.parallel.kernels import Conv
-from meshwright.parallel.rules.conv import SpatialConv
+from meshwright.parallel.rules.halo_conv import SpatialConv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -42,7 +42,7 @@ def same_kernels(model: nn.Module) -> nn.Module:
         p = self.padding[0]
         sizes = tuple(size + 2 * p - k + 1 for size, k in zip(x.shape[2:], self.kernel_size, strict=True))
         conv = Conv(self.stride, self.dilation, self.groups)
-        return SpatialConv.apply(x, self.weight, self.bias, conv, ((p, p),) * 3, sizes, None)
+        return SpatialConv.apply(x, self.weight, self.bias, conv, ((p, p),) * 3, sizes)
 
     for module in model.modules():
         if isinstance(module, nn.Conv3d):

@@ -71,8 +71,12 @@ class Posted:
         wanted: Intervals,
         line: Line,
         take: Callable[[Interval], torch.Tensor] | None = None,
+        shape_like: Sequence[int] | None = None,
     ) -> None:
-        """Send what others want of `owned[me]`: slices of `local`, or whatever `take` gives for a global span."""
+        """Send what others want of `owned[me]`: slices of `local`, or whatever `take` gives for a global span.
+
+        What arrives has the shape of `local` (or `shape_like`) but along the line's dim.
+        """
         start = time.perf_counter()
         self.line, self._pieces = line, []
         operations: list[dist.P2POp] = []
@@ -83,7 +87,7 @@ class Posted:
             if move.source == move.target:
                 continue
             if move.target == me:
-                shape = list(local.shape)
+                shape = list(local.shape if shape_like is None else shape_like)
                 shape[dim] = move.span.size
                 buffer, piece = _from_wire(shape, local)
                 self._pieces.append((move.span, move.source, piece))

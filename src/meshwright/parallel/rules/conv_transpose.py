@@ -1,0 +1,115 @@
+"""Transposed convolution on split space.
+
+Window: output [a, b) reads input [ceil((a + p - d (k - 1)) / s), floor((b - 1 + p) / s) + 1). For kernel = stride
+(the U-Net's) chunks line up and nothing is sent.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from meshwright.parallel.exchange import Line, fetch
+from meshwright.parallel.functions import (
+    as_mesh,
+    autocast,
+    cause_for,
+    function,
+    gathered,
+    mesh_of,
+    placements_of,
+    tuple_of,
+)
+from meshwright.parallel.kernels import widened
+from meshwright.parallel.layout import axis_of, local_shape, owned, split_axes
+from meshwright.parallel.mesh import sizes
+from meshwright.parallel.redistribute import from_local, replicate, to_local
+from meshwright.plan.geometry import Interval, chunks
+
+
+@function(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+def conv_transpose(
+    input: Any,
+    weight: Any,
+    bias: Any = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> Any:
+    """Transposed convolution; output positions beyond the last window hold the bias alone."""
+    mesh = mesh_of(input, weight, bias)
+    x, weight, bias = (as_mesh(v, mesh) for v in (input, weight, bias))
+    n = weight.ndim - 2
+    if x.ndim == n + 1:
+        return conv_transpose(x.unsqueeze(0), weight, bias, stride, padding, output_padding, groups, dilation).squeeze(
+            0
+        )
+    x, weight, bias = autocast(x, weight, bias)
+    native: Any = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}[n]
+    stride, dilation, padding = tuple_of(stride, n), tuple_of(dilation, n), tuple_of(padding, n)
+    extra = tuple_of(output_padding, n)
+    x = gathered(x, [1], "conv_transpose")
+    weight, bias = replicate(weight), None if bias is None else replicate(bias)
+    placements, shape = placements_of(x), tuple(x.shape)
+    cause = cause_for("conv_transpose", x, weight)
+    axes = split_axes(placements)
+    local, w = to_local(x), to_local(weight, axes)
+    b = None if bias is None else to_local(bias, axes)
+    kernel = tuple(weight.shape[2:])
+    sizes_out = [
+        (shape[i + 2] - 1) * stride[i] - 2 * padding[i] + dilation[i] * (kernel[i] - 1) + extra[i] + 1 for i in range(n)
+    ]
+    out_shape = (shape[0], weight.shape[1] * groups, *sizes_out)
+    local_pad, local_extra, crops = list(padding), list(extra), []
+    for i in range(n):
+        dim = i + 2
+        axis = axis_of(placements, dim)
+        if axis is None:
+            continue
+        ranks = sizes(mesh)[axis]
+        s, p, r = stride[i], padding[i], dilation[i] * (kernel[i] - 1)
+
+        def need(out: Interval, s: int = s, p: int = p, r: int = r, size: int = shape[dim]) -> Interval:
+            if not out.size:
+                return Interval(0, 0)
+            return Interval(-(-(out.lo + p - r) // s), (out.hi - 1 + p) // s + 1).meet(Interval(0, size))
+
+        wanted = tuple(need(out) for out in chunks(sizes_out[i], ranks))
+        local = fetch(local, shape[dim], wanted, Line(mesh, axis, dim, cause))
+        out, got = owned(mesh, placements, dim, sizes_out[i]), wanted[Line(mesh, axis, dim, cause).me]
+        local_pad[i] = local_extra[i] = 0
+        crops.append((dim, out, got.lo * s - p))
+    local_out = local_shape(mesh, placements, out_shape)
+    whole = not crops or all(local.shape[dim] and out.size for dim, out, _ in crops)
+    if not whole or not local.numel():
+        y = local.new_zeros(local_out) + (local.sum() + w.sum()) * 0  # nothing here, but part of the graph
+        exact = False
+    else:
+        exact = all(
+            start == out.lo
+            and (local.shape[dim] - 1) * stride[dim - 2] + dilation[dim - 2] * (kernel[dim - 2] - 1) + 1 == out.size
+            for dim, out, start in crops
+        )
+        wide: Any = [t.float() if t is not None and widened(local) else t for t in (local, w, b if exact else None)]
+        y = native(*wide, stride, local_pad, local_extra, groups, dilation).to(local.dtype)
+        for dim, out, start in crops if not exact else []:
+            y = _crop(y, dim, start, out)
+    if b is not None and not exact:
+        y = y + b.view(1, -1, *(1 for _ in range(n)))
+    return from_local(y, mesh, placements, out_shape, cause.ledger)
+
+
+def _crop(y: torch.Tensor, dim: int, start: int, out: Interval) -> torch.Tensor:
+    """Positions `out` of a result whose first position is `start`; positions beyond its end are zero."""
+    lo = out.lo - start
+    hi = min(y.shape[dim], out.hi - start)
+    y = y.narrow(dim, max(0, lo), max(0, hi - max(0, lo)))
+    missing = out.size - y.shape[dim]
+    if missing:
+        pad = [0, 0] * (y.ndim - 1 - dim) + [max(0, -lo), missing - max(0, -lo)]
+        y = F.pad(y, pad)
+    return y
