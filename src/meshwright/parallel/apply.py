@@ -185,12 +185,17 @@ class _Leave:
             forward_seeded.leave(ledger)
 
 
+def ledger(model: nn.Module) -> Ledger:
+    """The record of a parallelized module. Raises `ValueError` for a module that is not parallelized."""
+    found = model.__dict__.get(_LEDGER)
+    if not isinstance(found, Ledger):
+        raise ValueError(f"{type(model).__name__} is not a module that mw.parallelize returned")
+    return found
+
+
 def report(model: nn.Module) -> list[dict[str, Any]]:
     """What each layer has exchanged or gathered since `parallelize`: rows of layer, op, bytes, messages.
 
     Bytes are those this rank sent. Raises `ValueError` for a module that is not parallelized.
     """
-    ledger = model.__dict__.get(_LEDGER)
-    if not isinstance(ledger, Ledger):
-        raise ValueError(f"report: {type(model).__name__} is not a module that mw.parallelize returned")
-    return [asdict(entry) for entry in ledger.entries.values()]
+    return [asdict(entry) for entry in ledger(model).entries.values()]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
-from meshwright.cluster.agree import assert_same_on_all_ranks
 from meshwright.config import Config
 from meshwright.data import augment, sampler
 from meshwright.data.mni import open_mni
@@ -106,8 +105,6 @@ def build(
     if saved is not None:
         checkpoint = read.read(saved)
         state.restore_model(model, checkpoint, saved)
-    if split:
-        assert_same_on_all_ranks(model)
     model = parallelize(model, plan, device=device, seed=config.seed) if split else model.to(device)
     optimizer = optim.build(config.optim, model.parameters())
     if saved is not None and checkpoint is not None:

@@ -13,8 +13,7 @@ from torch.distributed.tensor import DTensor
 from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
 from meshwright.errors import CheckpointError
-from meshwright.parallel.account import Ledger
-from meshwright.parallel.apply import _LEDGER as LEDGER
+from meshwright.parallel.apply import ledger
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Mapping[str, Any]) -> Checkpoint:
@@ -34,7 +33,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra
                 )
     weights = {name: whole(value) for name, value in model.state_dict().items()}
     return Checkpoint(
-        step, weights, moments, {**extra, "optimizer": type(optimizer).__name__, "forward_calls": _ledger(model).calls}
+        step, weights, moments, {**extra, "optimizer": type(optimizer).__name__, "forward_calls": ledger(model).calls}
     )
 
 
@@ -74,10 +73,4 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, model: nn.Module, checkp
 
 def restore_clock(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Dropout goes on where it was: its masks are a function of seed, position and the number of forward calls."""
-    _ledger(model).calls = checkpoint.extra["forward_calls"]
-
-
-def _ledger(model: nn.Module) -> Ledger:
-    ledger = model.__dict__[LEDGER]
-    assert isinstance(ledger, Ledger)
-    return ledger
+    ledger(model).calls = checkpoint.extra["forward_calls"]

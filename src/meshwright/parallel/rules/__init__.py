@@ -6,6 +6,7 @@ from meshwright.parallel.rules import (
     conv,
     conv_transpose,
     dimwise,
+    joins,
     linear,
     loss,
     many,
@@ -17,8 +18,9 @@ from meshwright.parallel.rules import (
     random,
     reduce,
     resize,
-    shape,
+    slices,
     special,
+    views,
 )
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "conv",
     "conv_transpose",
     "dimwise",
+    "joins",
     "linear",
     "loss",
     "many",
@@ -38,6 +41,7 @@ __all__ = [
     "random",
     "reduce",
     "resize",
-    "shape",
+    "slices",
     "special",
+    "views",
 ]

@@ -1,0 +1,128 @@
+"""Slices and positions along a dim, and their gradients.
+
+Of a split dim: output chunk -> input interval -> window exchange. The result is then a copy, and writing to it in
+place is refused, because one device would write to the base.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from meshwright.parallel.layout import axis_of, local_shape, moved, owned
+from meshwright.parallel.mesh import sizes
+from meshwright.parallel.operators import cause_of, operator
+from meshwright.parallel.rules.common import fetch_chunks, parts
+from meshwright.parallel.tensor import wrap
+from meshwright.plan.geometry import Interval, chunks
+
+aten = torch.ops.aten
+
+
+@operator(aten.slice.Tensor, linear=True)
+def slice_(func: Any, args: Any, kwargs: Any) -> Any:
+    """`x[start:end:step]` along one dim."""
+    x = args[0]
+    mesh, placements, shape = parts(x)
+    dim = (args[1] if len(args) > 1 else 0) % len(shape)
+    start, end, step = slice(*(args[2:4] + (None,) * (2 - len(args[2:4])))).indices(shape[dim])
+    step = args[4] if len(args) > 4 else 1
+    count = max(0, -(-(end - start) // step))
+    new = (*shape[:dim], count, *shape[dim + 1 :])
+    if axis_of(placements, dim) is None:
+        return wrap(func(x._local_tensor, *args[1:]), mesh, placements, new, x._ledger, frozen_view=_frozen(x))
+    if count == shape[dim]:
+        return wrap(aten.alias(x._local_tensor), mesh, placements, new, x._ledger, frozen_view=_frozen(x))
+    axis = axis_of(placements, dim)
+    assert axis is not None
+    wanted = tuple(
+        Interval(start + c.lo * step, start + (c.hi - 1) * step + 1) if c.size else Interval(0, 0)
+        for c in chunks(count, sizes(mesh)[axis])
+    )
+    local = fetch_chunks(x, x._local_tensor, dim, wanted, cause_of(func, args))
+    if step > 1:
+        local = aten.slice(local, dim, 0, None, step)
+    return wrap(local, mesh, placements, new, x._ledger, frozen_view=True)
+
+
+def _frozen(x: Any) -> bool:
+    return bool(getattr(x, "_frozen_view", False))
+
+
+@operator(aten.slice_backward.default)
+def slice_backward(func: Any, args: Any, kwargs: Any) -> Any:
+    """The gradient put back into zeros of the input's size."""
+    grad, shape, dim, start, end, step = args
+    mesh, placements, _ = parts(grad)
+    dim %= len(shape)
+    start, _, _ = slice(start, end).indices(shape[dim])
+    axis = axis_of(placements, dim)
+    if axis is None:
+        local = list(local_shape(mesh, placements, tuple(shape)))
+        return wrap(func(grad._local_tensor, local, dim, *args[3:]), mesh, placements, tuple(shape), grad._ledger)
+    spans = chunks(shape[dim], sizes(mesh)[axis])
+    count = grad._spec.shape[dim]
+
+    def positions(span: Interval) -> Interval:  # the indices of the slice whose positions lie in `span`
+        lo = min(count, max(0, -(-(span.lo - start) // step)))
+        return Interval(lo, max(lo, min(count, -(-(span.hi - start) // step))))
+
+    wanted = tuple(positions(span) for span in spans)
+    mine = fetch_chunks(grad, grad._local_tensor, dim, wanted, cause_of(func, args))
+    span = owned(mesh, placements, dim, shape[dim])
+    index = positions(span)
+    out = mine.new_zeros(local_shape(mesh, placements, tuple(shape)))
+    if index.size:
+        first = start + index.lo * step - span.lo
+        aten.slice(out, dim, first, first + (index.size - 1) * step + 1, step).copy_(mine)
+    return wrap(out, mesh, placements, tuple(shape), grad._ledger)
+
+
+@operator(aten.select.int, linear=True)
+def select(func: Any, args: Any, kwargs: Any) -> Any:
+    """One position of a dim; of a split dim its owner gives it to all."""
+    x, dim, index = args
+    mesh, placements, shape = parts(x)
+    dim %= len(shape)
+    index = index % shape[dim] if -shape[dim] <= index < shape[dim] else index
+    mapping = tuple(None if d == dim else d - (d > dim) for d in range(len(shape)))
+    new = (*shape[:dim], *shape[dim + 1 :])
+    axis = axis_of(placements, dim)
+    if axis is None:
+        out = func(x._local_tensor, dim, index)
+        return wrap(out, mesh, moved(placements, mapping), new, x._ledger, frozen_view=_frozen(x))
+    if not 0 <= index < shape[dim]:
+        raise IndexError(f"index {index} is out of bounds for dim {dim} with size {shape[dim]}")
+    wanted = (Interval(index, index + 1),) * sizes(mesh)[axis]
+    local = fetch_chunks(x, x._local_tensor, dim, wanted, cause_of(func, args))
+    return wrap(local.select(dim, 0), mesh, moved(placements, mapping), new, x._ledger, frozen_view=True)
+
+
+@operator(aten.select_backward.default)
+def select_backward(func: Any, args: Any, kwargs: Any) -> Any:
+    """The gradient put back into zeros of the input's size; splits of the other dims stay."""
+    grad, shape, dim, index = args
+    mesh, placements, _ = parts(grad)
+    dim %= len(shape)
+    target = moved(placements, tuple(d + (d >= dim) for d in range(len(shape) - 1)))
+    local = list(local_shape(mesh, target, tuple(shape)))
+    return wrap(func(grad._local_tensor, local, dim, index), mesh, target, tuple(shape), grad._ledger)
+
+
+@operator(aten.split.Tensor, aten.split_with_sizes.default, aten.unbind.int, linear=True)
+def split(func: Any, args: Any, kwargs: Any) -> Any:
+    """Pieces along a dim: each is a slice (or a position)."""
+    x = args[0]
+    shape = tuple(x._spec.shape)
+    dim = (args[-1] if len(args) > (1 if func is aten.unbind.int else 2) else 0) % len(shape)
+    if func is aten.unbind.int:
+        return [select(aten.select.int, (x, dim, i), {}) for i in range(shape[dim])]
+    widths = args[1]
+    if isinstance(widths, int):
+        widths = [min(widths, shape[dim] - lo) for lo in range(0, shape[dim], widths)] or [0]
+    out, lo = [], 0
+    for width in widths:
+        out.append(slice_(aten.slice.Tensor, (x, dim, lo, lo + width), {}))
+        lo += width
+    return out
