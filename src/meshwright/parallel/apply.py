@@ -19,6 +19,7 @@ from meshwright.parallel.layout import REPLICATE, Placements, local_shape, repli
 from meshwright.parallel.mesh import default_device, mesh_of
 from meshwright.parallel.randomness import forward_seeded
 from meshwright.parallel.redistribute import from_local as _from_local
+from meshwright.parallel.redistribute import redistribute
 from meshwright.parallel.rules.pointwise import cut
 from meshwright.parallel.tensor import MeshParameter, MeshTensor, is_mesh, spec_of, wrap
 from meshwright.plan.plan import Plan
@@ -60,8 +61,9 @@ def shard(x: torch.Tensor, plan: Plan, layout: str | None = None) -> MeshTensor:
         assert_same_on_all_ranks({"x": x.detach()}, "the input of mw.shard")
         _compared.add(kind)
     part = cut(x, placements, mesh)
-    if x.requires_grad and x.grad_fn is not None:
-        return _from_local(part, mesh, placements, shape)
+    if x.requires_grad and x.grad_fn is not None:  # a plain tensor counts as whole, and so does its gradient
+        whole = _from_local(x, mesh, replicated(mesh), shape)
+        return redistribute(whole, placements)  # type: ignore[no-any-return]
     kept = part.detach()
     if kept.shape != x.shape:
         kept = kept.clone(memory_format=torch.preserve_format)  # the rest of `x` can be freed
