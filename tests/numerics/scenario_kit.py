@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -97,3 +98,9 @@ def trained(module: nn.Module, x: Tensor, steps: int = 1, optimizer: Any = None)
         if optimizer is not None:
             optimizer.step()
     return gradients(module) | (state(module) if optimizer is not None else {})
+
+
+def pair(plan: mw.Plan, strict: bool = True) -> tuple[nn.Module, Net, Tensor]:
+    """A parallel module, the same as plain torch, and an input."""
+    plain = net()
+    return mw.parallelize(copy.deepcopy(plain), plan, strict=strict), plain, sample()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import scenarios_backward as backward
 import scenarios_corners as corners
 import scenarios_flow as flow
 import scenarios_use as use
@@ -39,12 +40,19 @@ SCENARIOS = [
     Scenario("shard_of_a_leaf", corners.shard_of_a_leaf, plans=("d4", "d2h2", "n2d2")),
     Scenario("plain_weight", corners.plain_weight, plans=("d4", "d2h2", "n2d2")),
     Scenario("own_generators", corners.own_generators),
-    Scenario("second_order", corners.second_order),
+    Scenario("second_order", backward.second_order),
     Scenario("moving_average", corners.moving_average, limit=1e-8),
-    Scenario("gradient_surgery", corners.gradient_surgery),
+    Scenario("gradient_surgery", backward.gradient_surgery),
     Scenario("optimizers", corners.optimizers, limit=1e-8),
     Scenario("two_modules", corners.two_modules),
     Scenario("conversion_after", corners.conversion_after),
     Scenario("numbers", corners.numbers),
     Scenario("writes", corners.writes, plans=("d4", "d2h2", "n2d2")),
+    Scenario("same_bits", backward.same_bits, limit=0.0),
+    Scenario("two_forwards", backward.two_forwards),
+    Scenario("toggled", backward.toggled),
+    Scenario("failed_backward", backward.failed_backward),
+    Scenario("no_leak", backward.no_leak),
+    Scenario("only_inputs", backward.only_inputs),
+    Scenario("mixed_losses", backward.mixed_losses),
 ]

@@ -8,17 +8,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from harness import error, plan_of, whole
-from scenario_kit import Errors, Net, against, gradients, net, objective, sample, state, trained
+from scenario_kit import Errors, against, gradients, net, objective, pair, sample, state, trained
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 import meshwright as mw
 from meshwright.errors import MeshwrightError
-
-
-def pair(plan: mw.Plan, strict: bool = True) -> tuple[nn.Module, Net, Tensor]:
-    plain = net()
-    return mw.parallelize(copy.deepcopy(plain), plan, strict=strict), plain, sample()
 
 
 def full_tensor_loss(plan: mw.Plan) -> Errors:
@@ -80,26 +75,6 @@ def own_generators(plan: mw.Plan) -> Errors:
     return against(trained(module, mw.shard(x, plan)), trained(plain, x))
 
 
-def second_order(plan: mw.Plan) -> Errors:
-    """A gradient penalty: right, or refused; smooth layers, whose second derivative is not zero."""
-    torch.manual_seed(4)
-    plain = nn.Sequential(nn.Conv3d(3, 4, 3, padding=1), nn.Tanh(), nn.Conv3d(4, 2, 3, padding=1)).double()
-    module = mw.parallelize(copy.deepcopy(plain), plan)
-
-    def penalty(model: nn.Module, value: Tensor) -> dict[str, Tensor]:
-        value.requires_grad_()
-        (g,) = torch.autograd.grad(objective(model(value)), value, create_graph=True)
-        (g * g).sum().backward()
-        return gradients(model)
-
-    truth = penalty(plain, sample())
-    try:
-        ours = penalty(module, mw.shard(sample(), plan))
-    except (MeshwrightError, RuntimeError):
-        return {}
-    return against(ours, truth)
-
-
 def moving_average(plan: mw.Plan) -> Errors:
     """Exponential moving averages and in-place arithmetic on parameters without gradients."""
     module, plain, x = pair(plan)
@@ -113,22 +88,6 @@ def moving_average(plan: mw.Plan) -> Errors:
                 for mean, p in zip(shadow.parameters(), model.parameters(), strict=True):
                     mean.mul_(0.9).add_(p, alpha=0.1)
         found.append(state(shadow))
-    return against(*found)
-
-
-def gradient_surgery(plan: mw.Plan) -> Errors:
-    """Gradients read and changed between backward and step: norms, values, noise by hand, hooks."""
-    module, plain, x = pair(plan)
-    found = []
-    for model, value in ((module, mw.shard(x, plan)), (plain, x)):
-        model.last.weight.register_hook(lambda g: g * 3)
-        objective(model(value)).backward()
-        total = torch.stack([p.grad.norm() for p in model.parameters()]).norm()
-        torch.nn.utils.clip_grad_value_(model.parameters(), 0.5)
-        for p in model.parameters():
-            p.grad.mul_(2).add_(p.detach(), alpha=0.1)
-        found.append(gradients(model) | {"norm": whole(total)})
-        model.zero_grad(set_to_none=False)
     return against(*found)
 
 
