@@ -63,7 +63,7 @@ def shard(x: torch.Tensor, plan: Plan, layout: str | None = None) -> MeshTensor:
     part = cut(x, placements, mesh)
     if x.requires_grad and x.grad_fn is not None:  # a plain tensor counts as whole, and so does its gradient
         whole = _from_local(x, mesh, replicated(mesh), shape)
-        return redistribute(whole, placements)  # type: ignore[no-any-return]
+        return redistribute(whole, placements)
     kept = part.detach()
     if kept.shape != x.shape:
         kept = kept.clone(memory_format=torch.preserve_format)  # the rest of `x` can be freed
