@@ -15,7 +15,7 @@ from meshwright.parallel.apply import report
 from meshwright.plan.plan import Plan, interval
 from meshwright.train import memory, rundir
 from meshwright.train.job import Job
-from meshwright.train.validate import middle_planes
+from meshwright.train.validate import fullest_planes
 
 _FREE_TO_CHANGE = {"ranks", "threads", "run", "plan", "checkpoint"}  # settings that do not change what is computed
 
@@ -57,7 +57,7 @@ def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
 
 def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> None:
     """Planes, layers, ranks and the summary. Collective; rank 0 writes."""
-    planes = middle_planes(job)
+    planes = fullest_planes(job)
     ranks = _ranks(job, resident)
     if job.rank > 0:
         return

@@ -1,4 +1,4 @@
-"""The held-out part: loss, Dice, and the middle planes for the report."""
+"""The held-out part: loss, Dice, and the planes that the report shows."""
 
 from __future__ import annotations
 
@@ -32,8 +32,10 @@ def validate(job: Job) -> tuple[float, tuple[float, ...]]:
     return float(np.mean(losses)), tuple(map(float, np.mean(overlaps, axis=0)))
 
 
-def middle_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
-    """The middle planes of the first held-out volume: `image_d`, `truth_d`, `prediction_d`, … and its shape, spacing.
+def fullest_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
+    """The planes of the first held-out volume with most labelled voxels, one per direction: `image_d`, `truth_d`,
+    `prediction_d`, …, with the position `at` of each, the shape and the spacing. (The middle plane of a head lies
+    in the gap between the hemispheres.)
 
     Collective. Each rank fills in what it owns and the planes are summed, so that no rank ever holds the volume.
     """
@@ -45,22 +47,29 @@ def middle_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
     shape, spacing = job.validation.shape(0), job.validation.spacing_mm(0)
     spans = interval((1, 1, *shape), job.plan, job.rank)
     planes: dict[str, np.ndarray[Any, Any]] = {"shape": np.array(shape), "spacing_mm": np.array(spacing)}
+    at = [_fullest(batch.label, dim) for dim in range(3)]
+    planes["at"] = np.array(at)
     volumes = {"image": _own(batch.image), "truth": _own(batch.label), "prediction": _own(prediction)}
     for name, part in volumes.items():
         part = part.reshape(-1, *part.shape[-3:])[:1]  # no sample where the plan gives this rank none
         for dim, letter in enumerate(_DIRECTIONS):
-            plane = _plane(part, spans[2:], shape, dim, owner=spans[0].stop > spans[0].start)
+            plane = _plane(part, spans[2:], shape, dim, at[dim], owner=spans[0].stop > spans[0].start)
             planes[f"{name}_{letter}"] = plane.numpy().astype(np.float32 if name == "image" else np.uint8)
     return planes
 
 
-def _plane(part: Tensor, spans: tuple[slice, ...], shape: tuple[int, ...], dim: int, *, owner: bool) -> Tensor:
-    """The middle plane along `dim` of the whole volume, from the parts of all ranks: each voxel has one owner."""
-    middle = shape[dim] // 2
+def _fullest(label: Tensor, dim: int) -> int:
+    """The position along spatial `dim` whose plane has most labelled voxels; the first among equals."""
+    counts = (label[:1] > 0).sum(dim=[d for d in range(4) if d != dim + 1])
+    return int(counts.argmax(dim=0))
+
+
+def _plane(part: Tensor, spans: tuple[slice, ...], shape: tuple[int, ...], dim: int, at: int, *, owner: bool) -> Tensor:
+    """Plane `at` along `dim` of the whole volume, from the parts of all ranks: each voxel has one owner."""
     rest = [d for d in range(3) if d != dim]
     plane = torch.zeros([shape[d] for d in rest])
-    if owner and spans[dim].start <= middle < spans[dim].stop:
-        plane[spans[rest[0]], spans[rest[1]]] = part[0].select(dim, middle - spans[dim].start).float().cpu()
+    if owner and spans[dim].start <= at < spans[dim].stop:
+        plane[spans[rest[0]], spans[rest[1]]] = part[0].select(dim, at - spans[dim].start).float().cpu()
     if dist.is_initialized():
         dist.all_reduce(plane)
     return plane
