@@ -172,7 +172,7 @@ FALLBACKS = [
     gap("triu", lambda x: x.triu(1), X2),
     gap("diagonal", lambda x: x.diagonal(dim1=2, dim2=3), X2),
     gap("rot90", lambda x: torch.rot90(x, 1, (2, 3)), X2),
-    gap("in_place_views", lambda x: (x * 1).unsqueeze_(2).squeeze_(2).transpose_(2, 3) * 2, X2, refused=True),
+    gap("in_place_views", lambda x: (x * 1).unsqueeze_(2).squeeze_(2).transpose_(2, 3) * 2, X2),
     gap("diff", lambda x: x.diff(dim=2), X3),
     gap("matmul_split", lambda x: x @ x.transpose(-1, -2), X2),
     gap("attention", attention, X2, moves_first=True),

@@ -73,18 +73,19 @@ def _cut(x: torch.Tensor, slabs: int, outputs: int, reach: int, stride: int, ali
     padded = F.pad(x, [0, 0, 0, 0, alike, alike]) if alike else x
     windows = padded.unfold(2, (outputs - 1) * stride + reach, outputs * stride)[:, :, :slabs]
     batch = windows[0].permute(1, 0, 4, 2, 3)
-    return batch.contiguous(memory_format=_format(x))
+    return batch.contiguous(memory_format=memory_format(x))
 
 
-def _format(x: torch.Tensor) -> torch.memory_format:
-    last = x.is_contiguous(memory_format=torch.channels_last_3d)
-    return torch.channels_last_3d if last else torch.contiguous_format
+def memory_format(x: torch.Tensor) -> torch.memory_format:
+    """channels_last of 2-D or 3-D data where `x` is so, else contiguous."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
+    return last if last is not None and x.is_contiguous(memory_format=last) else torch.contiguous_format
 
 
 def _joined(y: torch.Tensor) -> torch.Tensor:
     """[n, C, D, H, W] → [1, C, n D, H, W]; no copy in channels_last_3d."""
     n, c, d, h, w = y.shape
-    if _format(y) is torch.channels_last_3d:
+    if memory_format(y) is torch.channels_last_3d:
         return y.permute(0, 2, 3, 4, 1).reshape(1, n * d, h, w, c).permute(0, 4, 1, 2, 3)
     return y.transpose(0, 1).reshape(1, c, n * d, h, w)
 
@@ -92,7 +93,7 @@ def _joined(y: torch.Tensor) -> torch.Tensor:
 def _parted(y: torch.Tensor, n: int) -> torch.Tensor:
     """[1, C, n D, H, W] → [n, C, D, H, W]; no copy in channels_last_3d."""
     _, c, d, h, w = y.shape
-    if _format(y) is torch.channels_last_3d:
+    if memory_format(y) is torch.channels_last_3d:
         return y.permute(0, 2, 3, 4, 1).reshape(n, d // n, h, w, c).permute(0, 4, 1, 2, 3)
     return y.reshape(c, n, d // n, h, w).transpose(0, 1)
 
@@ -219,7 +220,7 @@ def _kernel_backward(
     if not mask[0]:
         return None, d_weight, d_bias
     shape = (1, x.shape[1], x.shape[2] + 2 * alike[0], *x.shape[3:])
-    d_x = torch.zeros(shape, dtype=x.dtype).contiguous(memory_format=_format(x))
+    d_x = torch.zeros(shape, dtype=x.dtype).contiguous(memory_format=memory_format(x))
     for index in range(slabs):
         d_x.narrow(2, index * outputs * step, batch.shape[2]).add_(d_batch[index])
     return d_x.narrow(2, alike[0], x.shape[2]), d_weight, d_bias

@@ -22,7 +22,7 @@ from meshwright.parallel.functions import (
     placements_of,
     tuple_of,
 )
-from meshwright.parallel.kernels import widened
+from meshwright.parallel.kernels import memory_format, widened
 from meshwright.parallel.layout import axis_of, local_shape, owned, split_axes
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
@@ -96,6 +96,7 @@ def conv_transpose(
         )
         wide: Any = [t.float() if t is not None and widened(local) else t for t in (local, w, b if exact else None)]
         y = native(*wide, stride, local_pad, local_extra, groups, dilation).to(local.dtype)
+        y = y.contiguous(memory_format=memory_format(local))  # torch's reference kernel forgets channels_last
         for dim, out, start in crops if not exact else []:
             y = _crop(y, dim, start, out)
     if b is not None and not exact:

@@ -10,7 +10,7 @@ import torch
 from meshwright.parallel.exchange import Fetch, Line
 from meshwright.parallel.layout import axis_of, local_shape, moved, splits
 from meshwright.parallel.mesh import sizes
-from meshwright.parallel.operators import cause_of, operator, reshard
+from meshwright.parallel.operators import cause_of, dispatch, operator, reshard
 from meshwright.parallel.rules.common import parts, positive
 from meshwright.parallel.tensor import wrap
 from meshwright.plan.geometry import Interval, chunks
@@ -179,3 +179,24 @@ def _flat_exchange(
         ends += 1
     flat = local.reshape(*local.shape[:dim], local.shape[dim] * inner, *local.shape[ends:])
     return Fetch.apply(flat, have, want, line)
+
+
+_IN_PLACE = {
+    aten.squeeze_.default: aten.squeeze.default,
+    aten.squeeze_.dim: aten.squeeze.dim,
+    aten.squeeze_.dims: aten.squeeze.dims,
+    aten.unsqueeze_.default: aten.unsqueeze.default,
+    aten.transpose_.default: aten.transpose.int,
+    aten.t_.default: aten.t.default,
+}
+
+
+@operator(*_IN_PLACE)
+def view_in_place(func: Any, args: Any, kwargs: Any) -> Any:
+    """The shape of the handle itself changes, and its part and layout with it."""
+    x = args[0]
+    new: Any = dispatch(_IN_PLACE[func], args, kwargs)
+    with torch._C._DisableTorchDispatch():  # the handle has no data of its own: this sets its sizes alone
+        func(*args, **kwargs)
+    x._local_tensor, x._spec = new._local_tensor, new._spec
+    return x
