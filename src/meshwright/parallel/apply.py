@@ -42,7 +42,8 @@ def _reduce_gradients(model: nn.Module) -> None:
 
 def placements_for(plan: Plan, ndim: int, layout: str | None) -> Placements:
     """The placements of a tensor of `ndim` dims under `plan`."""
-    return tuple(REPLICATE if dim is None else Shard(dim) for dim in plan.dims(ndim, layout))
+    found = zip(plan.dims(ndim, layout), plan.axes, strict=True)
+    return tuple(REPLICATE if dim is None or axis.size == 1 else Shard(dim) for dim, axis in found)
 
 
 def shard(x: torch.Tensor, plan: Plan, layout: str | None = None) -> MeshTensor:

@@ -99,11 +99,18 @@ class Reducer:
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.enabled = True
-        self._buckets: list[list[Any]] = [[]]
+        self._buckets: list[list[Any]] = []
         self._place: dict[int, int] = {}  # id of a parameter -> its bucket
-        nbytes = 0
-        trained: list[Any] = [p for p in module.parameters() if p.requires_grad]
-        for p in reversed(trained):
+        self._reset()
+        self.adopt(module)
+
+    def adopt(self, module: torch.nn.Module) -> None:
+        """Take in parameters that are trained and not known yet: all at first, later those that were unfrozen."""
+        found: list[Any] = [
+            p for p in module.parameters() if p.requires_grad and is_mesh(p) and id(p) not in self._place
+        ]
+        nbytes = BUCKET_BYTES
+        for p in reversed(found):
             if nbytes >= BUCKET_BYTES:
                 self._buckets.append([])
                 nbytes = 0
@@ -111,7 +118,8 @@ class Reducer:
             self._place[id(p)] = len(self._buckets) - 1
             nbytes += p._local_tensor.numel() * p._local_tensor.element_size()
             p.register_post_accumulate_grad_hook(self._ready)
-        self._reset()
+        if found:
+            self._reset()
 
     def _reset(self) -> None:
         self._missing = [{id(p) for p in bucket} for bucket in self._buckets]
@@ -168,6 +176,7 @@ _reducers: weakref.WeakKeyDictionary[torch.nn.Module, Reducer] = weakref.WeakKey
 def attach(module: torch.nn.Module) -> None:
     """Reduce the gradients of `module` from now on; nothing to do on one rank or where it is done already."""
     if module in _reducers:
+        _reducers[module].adopt(module)
         return
     mesh = next((p._spec.mesh for p in module.parameters() if is_mesh(p)), None)
     if mesh is not None and mesh.size() > 1:
