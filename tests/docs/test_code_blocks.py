@@ -22,6 +22,7 @@ from documents import DOCUMENTS, LANGUAGES, ROOT, Block, blocks, script
 
 import meshwright as mw
 from meshwright import cli, config
+from meshwright.train.plans import resolve_plan
 
 # command as printed → what checks it
 RUN_ELSEWHERE = {
@@ -60,7 +61,7 @@ def check_unrun(command: str, where: str) -> None:
     assert subprocess.run(["bash", "-n", str(path)], timeout=10).returncode == 0
     if program == "./scripts/train":
         parsed = cli._parser().parse_args(["train", *arguments])
-        config.resolve_plan(config.load(parsed.config, parsed.set, parsed.ranks))
+        resolve_plan(config.load(parsed.config, parsed.set, parsed.ranks))
 
 
 def read_yaml(block: Block) -> None:
