@@ -145,7 +145,7 @@ FALLBACKS = [
     gap("argsort", lambda x: x.argsort(2), X3, grad=False),
     gap("topk", lambda x: x.flatten(1).topk(5)[0], X2),
     gap("median", lambda x: x.median(), X2, must_refuse=FOUR[4]),
-    gap("quantile", lambda x: torch.quantile(x, 0.3), X3),
+    gap("quantile", lambda x: torch.quantile(x, 0.3), X3, moves_first=True),
     gap("kthvalue", lambda x: x.kthvalue(3, 2)[0], X3),
     gap("cummax", lambda x: x.cummax(2)[0], X2),
     gap("max_with_index", lambda x: x.max(2), X2, grad=False),

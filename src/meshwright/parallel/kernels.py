@@ -219,8 +219,12 @@ def _kernel_backward(
     d_batch, d_weight, d_bias = backward(_parted(grad, slabs), batch, weight, bias_sizes, *args)
     if not mask[0]:
         return None, d_weight, d_bias
-    shape = (1, x.shape[1], x.shape[2] + 2 * alike[0], *x.shape[3:])
-    d_x = torch.zeros(shape, dtype=x.dtype).contiguous(memory_format=memory_format(x))
-    for index in range(slabs):
-        d_x.narrow(2, index * outputs * step, batch.shape[2]).add_(d_batch[index])
-    return d_x.narrow(2, alike[0], x.shape[2]), d_weight, d_bias
+    width = batch.shape[2]
+    del batch  # as large as the input, and no longer needed
+    d_x = torch.empty_like(x, memory_format=memory_format(x)).zero_()
+    for index in range(slabs):  # neighbouring slabs overlap; the first and the last reach into the padding
+        lo = index * outputs * step - alike[0]
+        first, last = max(0, lo), min(x.shape[2], lo + width)
+        if last > first:
+            d_x.narrow(2, first, last - first).add_(d_batch[index].narrow(1, first - lo, last - first))
+    return d_x, d_weight, d_bias
