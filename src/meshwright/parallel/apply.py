@@ -66,8 +66,7 @@ def shard(x: torch.Tensor, plan: Plan, layout: str | None = None) -> MeshTensor:
         whole = _from_local(x, mesh, replicated(mesh), shape)
         return redistribute(whole, placements)
     kept = part.detach()
-    if kept.shape != x.shape:
-        kept = kept.clone(memory_format=torch.preserve_format)  # the rest of `x` can be freed
+    kept = kept.clone(memory_format=torch.preserve_format)  # the rest of `x` can be freed, and writes stay here
     out = wrap(kept, mesh, placements, shape)
     out.requires_grad_(x.requires_grad)
     return out

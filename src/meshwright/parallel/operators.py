@@ -18,7 +18,7 @@ from meshwright.parallel.account import layer, totals
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.redistribute import move
-from meshwright.parallel.tensor import is_mesh, ledger_of, mesh_tensors, set_dispatcher, wrap
+from meshwright.parallel.tensor import MeshTensor, is_mesh, ledger_of, mesh_tensors, set_dispatcher, wrap
 
 Rule = Callable[[Any, Any, Any], Any]
 OPERATORS: dict[Any, Rule] = {}
@@ -111,9 +111,74 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
                 f"{func} in layer {layer()!r} writes in place to a slice that had to be copied, because a split dim "
                 "was cut; on one device the base would change too. Write to the base, or clone() the slice first."
             )
-    if func not in LINEAR and any(partial_axes(tuple(t._spec.placements)) for t in mesh_tensors(args)):
+    args, kwargs = _without_summands(func, args, kwargs)
+    result = _ruled(func, args, kwargs)
+    if mutable(func):
+        for t in _written(func, args, kwargs):  # the rules write below autograd, which then cannot see it
+            if not t._local_tensor.is_inference():
+                torch.autograd.graph.increment_version(t._local_tensor)
+    elif args and getattr(args[0], "_frozen_view", False) and func._schema.returns[0].alias_info is not None:
+        for t in mesh_tensors([result]):  # a view of a copy is a copy
+            t._frozen_view = True
+    return result
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
+    """The mesh tensors an operator writes to."""
+    found = []
+    for i, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            found.append(args[i] if i < len(args) else kwargs.get(argument.name))
+    return mesh_tensors(found)
+
+
+def _is_partial(t: Any) -> bool:
+    return bool(partial_axes(tuple(t._spec.placements)))
+
+
+def accumulates(func: Any, args: Any) -> bool:
+    """Whether this is autograd adding up a gradient, the one write that may leave summands behind."""
+    return (
+        func in (torch.ops.aten.add_.Tensor, torch.ops.aten.copy_.default)
+        and torch._C._current_graph_task_id() != -1
+        and isinstance(args[0], MeshTensor)
+        and isinstance(args[1], MeshTensor)
+        and not torch.is_grad_enabled()
+        and not args[0]._is_view()
+    )
+
+
+def _without_summands(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Arguments whose summands are added up, unless the operator is linear. What is written to is added up in place.
+
+    Raises `UnsupportedError` where only a view of the summands would be added up.
+    """
+    if not any(_is_partial(t) for t in mesh_tensors([*args, *kwargs.values()])):
+        return args, kwargs
+    if mutable(func):
+        if accumulates(func, args):
+            return args, kwargs
         cause = cause_of(func, args)
-        args = _map(args, lambda t: summed(t, cause) if partial_axes(tuple(t._spec.placements)) else t)
+        for t in _written(func, args, kwargs):
+            if _is_partial(t):
+                if t._is_view():
+                    raise UnsupportedError(
+                        f"{func} in layer {layer()!r} writes to a view of a gradient that is not summed over the ranks "
+                        "yet (no_sync, autograd.grad); write to the gradient itself, or use its redistribute() first"
+                    )
+                whole = summed(t, cause)
+                t._local_tensor, t._spec = whole._local_tensor, whole._spec
+    elif func in LINEAR:
+        return args, kwargs
+    cause = cause_of(func, args)
+
+    def whole_of(t: Any) -> Any:
+        return summed(t, cause) if _is_partial(t) else t
+
+    return _map(args, whole_of), _map(kwargs, whole_of)
+
+
+def _ruled(func: Any, args: Any, kwargs: Any) -> Any:
     rule = OPERATORS.get(func)
     if rule is not None:
         result = rule(func, args, kwargs)

@@ -50,6 +50,7 @@ class _Forward:
 
 
 forward_seeded = _Forward()
+_INSIDE = -1  # in `_recorded`: drawn while a module ran
 _no_module = Ledger()  # stands for tensors that no module has made
 _outside: WeakKeyDictionary[Ledger, int] = WeakKeyDictionary()  # calls outside any module
 _recorded: dict[int, int] = {}  # generator state -> key, so that a checkpoint around outside work recomputes it
@@ -64,24 +65,30 @@ def _next_key(generator: torch.Generator | None = None) -> int:
     return int(torch.randint(_KEYS, (), generator=generator, device=device).item())
 
 
+def _record(mark: int, key: int) -> None:
+    if len(_recorded) >= _REMEMBERED:
+        del _recorded[next(iter(_recorded))]
+    _recorded[mark] = key
+
+
 def draw_key(ledger: Ledger | None, generator: torch.Generator | None = None) -> int:
     """A key for one random call: equal on all ranks, and the same again when a checkpoint recomputes.
 
     A `generator` that the caller passes counts as equal on every rank, as plain tensors do.
     """
-    if generator is not None or where.stack:
+    if generator is not None:
         return _next_key(generator)
-    mark = _fingerprint()
-    if torch._C._current_graph_task_id() != -1:  # a checkpoint recomputes
-        if mark not in _recorded:  # what was drawn inside a module: the restored state is equal on all ranks
-            return _next_key()
+    mark, in_backward = _fingerprint(), torch._C._current_graph_task_id() != -1
+    if where.stack or (in_backward and _recorded.get(mark) == _INSIDE):
+        _record(mark, _INSIDE)  # the state was made by the module, or restored by a checkpoint: equal on all ranks
+        return _next_key()
+    if in_backward and mark in _recorded:  # a checkpoint around outside work recomputes
         key = _recorded[mark]
     else:
         owner = ledger or _no_module
         _outside[owner] = _outside.get(owner, 0) + 1
         key = mix(mix(owner.seed) ^ (_outside[owner] << 32))
-        if len(_recorded) >= _REMEMBERED:
-            del _recorded[next(iter(_recorded))]
-        _recorded[mark] = key
+        if not in_backward:
+            _record(mark, key)
     torch.rand((), device="cpu")  # the next call finds another state
     return key

@@ -104,10 +104,16 @@ class MeshOps:
         return self.full_tensor().numpy(force=force)
 
 
+def _no_flattening(self: object) -> None:
+    raise AttributeError("mesh tensors are not flattened (torch.compile of a parallelized module is not supported)")
+
+
 class MeshTensor(MeshOps, DTensor):  # type: ignore[misc]
     """A split or replicated activation. `_ledger` is the record of the module it comes from (None: no module)."""
 
     _ledger: Ledger | None
+    # torch would swap parameters by `swap_tensors` where values answer to flattening; ours follow through `.data`
+    __tensor_flatten__ = property(_no_flattening)
     _frozen_view: bool  # a copy that one device would hold as a view: in-place writes would be lost, so refused
 
 

@@ -38,7 +38,8 @@ class _Flight:
     def __init__(self, parameters: list[Any], axes: tuple[int, ...]) -> None:
         self.parameters, self.axes = parameters, axes
         self.mesh = parameters[0].grad._spec.mesh
-        self.flat = torch.cat([p.grad._local_tensor.reshape(-1) for p in parameters])
+        self.held = [p.grad._local_tensor for p in parameters]
+        self.flat = torch.cat([local.reshape(-1) for local in self.held])
         world, own_mesh = reduction_groups(self.mesh)
         if len(axes) == self.mesh.ndim:  # every rank of the job: one all-reduce instead of one per axis
             self.stages = [(world, self.mesh.size())]
@@ -60,8 +61,13 @@ class _Flight:
         for stage in self.stages[1:]:
             self._start(*stage).wait()
         at = 0
-        for p in self.parameters:
+        for p, held in zip(self.parameters, self.held, strict=True):
             grad = p.grad
+            if grad is None or grad._local_tensor is not held:
+                raise UnsupportedError(
+                    f"a hook changed the gradient of a parameter of shape {tuple(p.shape)} while its sum was "
+                    "under way; use p.register_hook, which sees the gradient before, or change it after backward()"
+                )
             size = grad._local_tensor.numel()
             local = self.flat[at : at + size].view(grad._local_tensor.shape)
             at += size
@@ -106,6 +112,8 @@ class Reducer:
 
     def adopt(self, module: torch.nn.Module) -> None:
         """Take in parameters that are trained and not known yet: all at first, later those that were unfrozen."""
+        if torch._C._current_graph_task_id() != -1:
+            return  # a checkpoint recomputes within a backward whose buckets are under way
         found: list[Any] = [
             p for p in module.parameters() if p.requires_grad and is_mesh(p) and id(p) not in self._place
         ]
@@ -125,13 +133,21 @@ class Reducer:
         self._missing = [{id(p) for p in bucket} for bucket in self._buckets]
         self._started = 0
         self._flights: list[_Flight] = []
-        self._queued = False
+        self._queued, self._task = False, -1
 
     def _ready(self, p: Any) -> None:
         if not self.enabled:
             return
+        task = torch._C._current_graph_task_id()
+        if self._queued and self._task != task:  # the backward before this one raised, so it never finished
+            if self._started:
+                raise ExchangeError(
+                    "the backward before this one failed while gradients were being summed, so buckets of the ranks "
+                    "can no longer be matched: start again from the last checkpoint"
+                )
+            self._reset()
         if not self._queued:
-            self._queued = True
+            self._queued, self._task = True, task
             Variable._execution_engine.queue_callback(self._finish)
         place = self._place[id(p)]
         if place < self._started:

@@ -63,6 +63,8 @@ def product(func: Any, args: Any, kwargs: Any) -> Any:
     if any(isinstance(p, Partial) for p in out):
         target = tuple(REPLICATE if isinstance(p, Partial) else p for p in out)
         result = wrap(placed(result, target, cause), mesh, target, tuple(shape), ledger)
+    if kwargs.get("beta", 1) == 0:  # then the term is ignored, even where it is not a number
+        return result if kwargs.get("alpha", 1) == 1 else result * kwargs["alpha"]
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     result = result if alpha == 1 else result * alpha
     return result + (term if beta == 1 else term * beta)

@@ -12,6 +12,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
+from meshwright.errors import UnsupportedError
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.layout import REPLICATE, Placements, owned, partial_axes, replicated, splits
 from meshwright.parallel.operators import (
@@ -25,7 +26,7 @@ from meshwright.parallel.operators import (
     set_pointwise,
     summed,
 )
-from meshwright.parallel.tensor import MeshParameter, is_mesh, like, wrap
+from meshwright.parallel.tensor import is_mesh, like, wrap
 
 aten = torch.ops.aten
 POINTWISE |= {
@@ -128,7 +129,7 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
     tensors = [a for a in args if isinstance(a, torch.Tensor)]
     summands = [t for t in tensors if is_mesh(t) and partial_axes(tuple(t._spec.placements))]
     cause = cause_of(func, args)
-    if len(tensors) == 1:
+    if len(tensors) == 1 and func not in (aten.add.Tensor, aten.sub.Tensor):  # a number would count once per rank
         return like(func(*(_local(a) for a in args), **kwargs), tensors[0])
     if func in (aten.mul.Tensor, aten.div.Tensor):
         other = args[1]
@@ -136,23 +137,25 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
         if summands[0] is args[0] and scalar:
             return like(func(args[0]._local_tensor, other, **kwargs), args[0])
     elif func is aten.copy_.default:
-        old, source = args[0], args[1]
+        old, source = args[0], args[1]  # reached only where autograd accumulates (see operators.accumulates)
         if is_mesh(source) and old.shape == source.shape and not splits(tuple(source._spec.placements)):
             old._local_tensor.copy_(source._local_tensor)
             old._spec = like_spec(old, tuple(source._spec.placements))
             return old
-    elif all(is_mesh(t) for t in args[:2]) and args[0].shape == args[1].shape:
+    elif len(tensors) == 2 and all(is_mesh(t) for t in args[:2]) and args[0].shape == args[1].shape:
         left, right = args[0], args[1]
         target = tuple(
             b if partial_axes((b,)) else a for a, b in zip(left._spec.placements, right._spec.placements, strict=True)
         )
-        if not splits(target) and not (func is aten.add_.Tensor and isinstance(left, MeshParameter)):
+        if not splits(target):
             a, b = placed(left, target, cause), placed(right, target, cause)
             if func is aten.add_.Tensor:  # gradients that accumulate: a sum may become a summand again
                 local = a.add_(b, **kwargs)
                 left._local_tensor, left._spec = local, like_spec(left, target)
                 return left
             return wrap(func(a, b, **kwargs), left._spec.mesh, target, tuple(left._spec.shape), left._ledger)
+    if mutable(func) and any(s is args[0] for s in summands):
+        raise UnsupportedError(f"{func}: a gradient of shape {tuple(args[0].shape)} cannot take up another shape")
     args = [summed(a, cause) if any(a is s for s in summands) else a for a in args]
     return pointwise(func, args, kwargs)
 

@@ -59,7 +59,8 @@ def squeeze(func: Any, args: Any, kwargs: Any) -> Any:
     kept = [dim for dim in range(len(shape)) if dim not in gone]
     mapping = tuple(kept.index(dim) if dim in kept else None for dim in range(len(shape)))
     out = aten.squeeze.dims(x._local_tensor, gone) if gone else aten.alias(x._local_tensor)
-    return wrap(out, mesh, moved(placements, mapping), tuple(shape[d] for d in kept), x._ledger)
+    out_shape = tuple(shape[d] for d in kept)
+    return wrap(out, mesh, moved(placements, mapping), out_shape, x._ledger, frozen_view=x is not args[0])
 
 
 @operator(aten.expand.default, linear=True)
@@ -75,7 +76,7 @@ def expand(func: Any, args: Any, kwargs: Any) -> Any:
     local = list(target)
     for _, dim in splits(new):
         local[dim] = x._local_tensor.shape[dim - lead]
-    return wrap(x._local_tensor.expand(local), mesh, new, target, x._ledger)
+    return wrap(x._local_tensor.expand(local), mesh, new, target, x._ledger, frozen_view=x is not args[0])
 
 
 def _groups(old: tuple[int, ...], new: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -198,5 +199,5 @@ def view_in_place(func: Any, args: Any, kwargs: Any) -> Any:
     new: Any = dispatch(_IN_PLACE[func], args, kwargs)
     with torch._C._DisableTorchDispatch():  # the handle has no data of its own: this sets its sizes alone
         func(*args, **kwargs)
-    x._local_tensor, x._spec = new._local_tensor, new._spec
+    x._local_tensor, x._spec, x._frozen_view = new._local_tensor, new._spec, new._frozen_view
     return x
