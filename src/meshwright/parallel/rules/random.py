@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Shard
 
+from meshwright.errors import UnsupportedError
 from meshwright.parallel.layout import REPLICATE, owned, partial_axes
 from meshwright.parallel.noise import Index, digits_of, fill, normal, open_unit, shifted, unit
 from meshwright.parallel.operators import POINTWISE, cause_of, operator
@@ -154,7 +155,7 @@ def bernoulli(func: Any, args: Any, kwargs: Any) -> Any:
     a = arguments(func, args, kwargs)
     x, p = a["self"], a.get("p", a["self"])
     if not isinstance(x, MeshOps):
-        raise NotImplementedError(f"{func}: a plain tensor cannot take the values of a mesh tensor; clone it as one")
+        raise UnsupportedError(f"{func}: a plain tensor cannot take the values of a mesh tensor; clone it as one")
     out = x if func is aten.bernoulli_.Tensor else _empty_like(x)
     if isinstance(p, torch.Tensor):
         shape, target = tuple(x._spec.shape), tuple(x._spec.placements)
