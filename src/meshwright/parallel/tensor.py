@@ -108,7 +108,13 @@ def _no_flattening(self: object) -> None:
     raise AttributeError("mesh tensors are not flattened (torch.compile of a parallelized module is not supported)")
 
 
-class MeshTensor(MeshOps, DTensor):  # type: ignore[misc]
+# Before 2.13 torch's C++ dispatch takes whatever answers as a DTensor for one of its own and never asks the subclass.
+# There mesh tensors have all the methods of a DTensor, but `isinstance(x, DTensor)` does not hold.
+_ASKS_SUBCLASSES = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2]) >= (2, 13)
+_Base: Any = DTensor if _ASKS_SUBCLASSES else torch.Tensor
+
+
+class MeshTensor(MeshOps, _Base):
     """A split or replicated activation. `_ledger` is the record of the module it comes from (None: no module)."""
 
     _ledger: Ledger | None
@@ -121,7 +127,8 @@ class MeshParameter(MeshOps, torch.Tensor):  # type: ignore[misc]
     """A parameter or buffer of a parallelized module; see the module docstring."""
 
     _ledger: Ledger | None
-    __class__ = property(lambda self: DTensor)
+    if _ASKS_SUBCLASSES:
+        __class__ = property(lambda self: DTensor)
     __hash__ = torch.Tensor.__hash__
 
 
@@ -162,7 +169,14 @@ def wrap(
     spec = spec_of(mesh, placements, shape, strides, local.dtype)
     if local.requires_grad:
         local = local.detach()
-    out = MeshTensor(local, spec, requires_grad=False)
+    if _ASKS_SUBCLASSES:
+        out = MeshTensor(local, spec, requires_grad=False)
+    else:
+        meta: Any = spec.tensor_meta
+        out = torch.Tensor._make_wrapper_subclass(
+            MeshTensor, meta.shape, strides=meta.stride, dtype=meta.dtype, device=local.device, requires_grad=False
+        )
+        out._local_tensor, out._spec = local, spec
     out._ledger = ledger
     out._frozen_view = frozen_view
     return out

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from meshwright.cluster import agree
 from meshwright.errors import NumericsError
+from meshwright.parallel.tensor import is_mesh
 
 _NONE = 2**62
 
@@ -70,5 +70,5 @@ def _tensors(output: Any) -> Iterator[Tensor]:
 
 def _finite(tensor: Tensor) -> bool:
     """Whether this rank's part is finite."""
-    local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    local = tensor.to_local() if is_mesh(tensor) else tensor
     return bool(torch.isfinite(local).all())

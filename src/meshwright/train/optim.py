@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from meshwright.config import OptimConfig
 from meshwright.errors import NumericsError
+from meshwright.parallel.tensor import is_mesh
 
 _WARM_UP, _START, _END = 0.3, 1 / 25, 1e-4 / 25  # share of the steps; learning rate over its peak
 
@@ -63,4 +63,4 @@ def clip(model: nn.Module, limit: float) -> float:
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if is_mesh(tensor) else tensor

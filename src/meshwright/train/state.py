@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
 from meshwright.errors import CheckpointError
 from meshwright.parallel.apply import ledger
+from meshwright.parallel.tensor import is_mesh
 
 
 def collect(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra: Mapping[str, Any]) -> Checkpoint:
@@ -39,7 +39,7 @@ def collect(model: nn.Module, optimizer: torch.optim.Optimizer, step: int, extra
 
 def whole(tensor: Tensor) -> Tensor:
     """The full value as a plain tensor on the CPU; collective if the tensor is split."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().cpu()
+    return (tensor.full_tensor() if is_mesh(tensor) else tensor).detach().cpu()
 
 
 def restore_model(model: nn.Module, checkpoint: Checkpoint, where: Path) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from meshwright.models.losses import hard_dice
+from meshwright.parallel.tensor import is_mesh
 from meshwright.plan.plan import interval
 from meshwright.train.job import Job, load
 from meshwright.train.step import loss_of, predict
@@ -42,7 +42,7 @@ def fullest_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
     with _evaluating(job.model):
         batch = load(job, job.validation, [0])
         prediction = predict(job, batch.image).argmax(dim=1)
-        if isinstance(prediction, DTensor) and isinstance(batch.label, DTensor):
+        if is_mesh(prediction) and is_mesh(batch.label):
             prediction = prediction.redistribute(placements=batch.label.placements)
     shape, spacing = job.validation.shape(0), job.validation.spacing_mm(0)
     spans = interval((1, 1, *shape), job.plan, job.rank)
@@ -76,7 +76,7 @@ def _plane(part: Tensor, spans: tuple[slice, ...], shape: tuple[int, ...], dim: 
 
 
 def _own(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return tensor.to_local() if is_mesh(tensor) else tensor
 
 
 @contextmanager

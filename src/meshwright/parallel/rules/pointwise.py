@@ -60,6 +60,13 @@ POINTWISE |= {
         "log_sigmoid_forward": "default",
         "log_sigmoid_backward": "default",
         "_prelu_kernel": "default",
+        "leaky_relu": "default",  # from here on: tagged by torch 2.13, not yet by 2.11
+        "leaky_relu_": "default",
+        "celu_": "default",
+        "elu_": "default",
+        "selu_": "default",
+        "hardtanh_": "default",
+        "hardsigmoid_": "default",
     }.items()
     for overload in overloads.split()
     if hasattr(getattr(aten, name, None), overload)
