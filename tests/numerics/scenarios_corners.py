@@ -149,7 +149,8 @@ def conversion_after(plan: mw.Plan) -> Errors:
     except (MeshwrightError, RuntimeError, TypeError):
         return {}
     found = against({"output": whole(y), **gradients(module)}, {"output": plain(x).detach(), **trained(plain, x)})
-    return {name: max(0.0, value - 1e-4) for name, value in found.items()}
+    # fp32 against fp64: rounding alone gives 1.4e-4 here (a bias before a norm), a wrong conversion gives 1
+    return {name: max(0.0, value - 1e-3) for name, value in found.items()}
 
 
 def numbers(plan: mw.Plan) -> Errors:
