@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from harness_bounds import Bound
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 import meshwright as mw
 from meshwright.parallel.account import totals
+from meshwright.parallel.tensor import MESH_TYPES
 
 PLANS: dict[str, dict[str, int]] = {
     "one": {},
@@ -196,7 +196,7 @@ def run_parallel(case: Case, plan: mw.Plan) -> Outcome:
         moved = totals - before
         out.backward_bytes += moved.sent_bytes - moved.reduced_bytes
         for y in outputs:
-            if not isinstance(y, DTensor):
+            if not isinstance(y, MESH_TYPES):
                 out.problems.append(f"the output is a {type(y).__name__}, no DTensor")
         _collect(out, module, outputs, loss, args)
     return out
@@ -227,7 +227,7 @@ def _collect(out: Outcome, module: nn.Module, outputs: Sequence[Tensor], loss: T
 
 def whole(value: Tensor) -> Tensor:
     """The global value as a plain tensor."""
-    if isinstance(value, DTensor):
+    if isinstance(value, MESH_TYPES):
         value = value.full_tensor()
     return value.detach().clone()
 

@@ -9,11 +9,11 @@ import torch
 from harness import whole
 from scenario_kit import Errors, against, gradients, net, objective, sample, trained
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 import meshwright as mw
 from meshwright.parallel.account import totals
+from meshwright.parallel.tensor import MESH_TYPES
 
 
 def recompute(reentrant: bool) -> Callable[[mw.Plan], Errors]:
@@ -107,7 +107,7 @@ def channels_last(plan: mw.Plan) -> Errors:
 
 def _last(y: Tensor) -> bool:
     """Whether (this rank's part of) an activation is channels_last_3d; a part without elements has any format."""
-    local = y.to_local() if isinstance(y, DTensor) else y
+    local = y.to_local() if isinstance(y, MESH_TYPES) else y
     return local.numel() == 0 or local.is_contiguous(memory_format=torch.channels_last_3d)
 
 
@@ -137,7 +137,7 @@ def autograd_grad(plan: mw.Plan) -> Errors:
         wanted = {"input": value, **dict(model.named_parameters())}
         grads = torch.autograd.grad(objective(model(value)), list(wanted.values()))
         if model is module:
-            assert all(isinstance(g, DTensor) for g in grads)
+            assert all(isinstance(g, MESH_TYPES) for g in grads)
             assert all(p.grad is None for p in model.parameters())
         found.append({name: whole(g) for name, g in zip(wanted, grads, strict=True)})
     return against(*found)

@@ -29,8 +29,9 @@ def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
     def records(key: Key) -> list[Record]:
         ranks = ranks_of(key)
-        if ranks > 1 and lookup(key[0]).name in _random and 1 not in done:
-            records((key[0], "one"))  # one rank under parallelize is the reference of random cases
+        random = next((name for name, _ in wanted if name in _random), None)
+        if ranks > 1 and random is not None and 1 not in done:
+            records((random, "one"))  # one rank under parallelize is the reference of random cases
         if ranks not in done:
             keys = [k for k in wanted if ranks_of(k) == ranks]
             if ranks == 1:

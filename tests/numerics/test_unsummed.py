@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import meshwright as mw
+from meshwright.parallel.tensor import MESH_TYPES
 
 PLAN = mw.Plan.uniform(height=2)
 
@@ -39,7 +40,7 @@ def shifted(model: nn.Sequential, x: Tensor) -> Tensor:
 
 
 def clipped_without_sync(model: nn.Sequential, x: Tensor) -> Tensor:
-    if isinstance(model[0].weight, torch.distributed.tensor.DTensor):
+    if isinstance(model[0].weight, MESH_TYPES):
         with mw.no_sync(model):
             _loss(model, x).backward()
     else:

@@ -132,6 +132,10 @@ class MeshParameter(MeshOps, torch.Tensor):  # type: ignore[misc]
     __hash__ = torch.Tensor.__hash__
 
 
+# What `isinstance` finds for activations and parameters of a parallelized module under this version of torch.
+MESH_TYPES: tuple[type, ...] = (DTensor,) if _ASKS_SUBCLASSES else (MeshTensor, MeshParameter)
+
+
 def is_mesh(value: object) -> TypeGuard[Any]:
     """Whether a value is a mesh tensor (activation or parameter)."""
     return isinstance(value, MeshOps)
