@@ -16,9 +16,10 @@ from torch.distributed.tensor import Partial, Shard
 from meshwright.errors import StrictError, UnsupportedError
 from meshwright.parallel.account import layer, totals
 from meshwright.parallel.comm import Cause
+from meshwright.parallel.copies import check_writable, remember, set_runner, written
 from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.redistribute import move
-from meshwright.parallel.tensor import MeshTensor, is_mesh, ledger_of, mesh_tensors, set_dispatcher, wrap
+from meshwright.parallel.tensor import MeshTensor, fresh, is_mesh, ledger_of, mesh_tensors, set_dispatcher, wrap
 
 Rule = Callable[[Any, Any, Any], Any]
 OPERATORS: dict[Any, Rule] = {}
@@ -26,6 +27,7 @@ POINTWISE: set[Any] = set()  # elementwise operators that torch does not tag
 LINEAR: set[Any] = set()  # operators that may work on summands (Partial) without summing first
 _is_pointwise: dict[Any, bool] = {}
 _is_mutable: dict[Any, bool] = {}
+_is_view: dict[Any, bool] = {}
 
 _pointwise_rule: Rule | None = None
 
@@ -99,28 +101,38 @@ def _map(values: Any, change: Callable[[Any], Any]) -> Any:
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run one ATen operator on mesh tensors."""
-    if mutable(func):
-        if torch.Tag.inplace_view in func.tags and func not in OPERATORS:
-            raise UnsupportedError(
-                f"{func} in layer {layer()!r} changes the shape of a mesh tensor in place; "
-                "use the form without underscore, which returns a new tensor"
-            )
-        target = args[0] if args else None
-        if is_mesh(target) and getattr(target, "_frozen_view", False):
-            raise UnsupportedError(
-                f"{func} in layer {layer()!r} writes in place to a slice that had to be copied, because a split dim "
-                "was cut; on one device the base would change too. Write to the base, or clone() the slice first."
-            )
-    args, kwargs = _without_summands(func, args, kwargs)
+    tensors = mesh_tensors([*args, *kwargs.values()] if kwargs else args)
+    for t in tensors:
+        if t._frozen_view:
+            fresh(t)
+    writes = mutable(func)
+    changes_shape = writes and torch.Tag.inplace_view in func.tags
+    if changes_shape and func not in OPERATORS:
+        raise UnsupportedError(
+            f"{func} in layer {layer()!r} changes the shape of a mesh tensor in place; "
+            "use the form without underscore, which returns a new tensor"
+        )
+    if writes and not changes_shape:
+        for t in _written(func, args, kwargs):
+            if t._frozen_view:
+                check_writable(func, t)
+    if any(_is_partial(t) for t in tensors):
+        args, kwargs = _without_summands(func, args, kwargs)
     result = _ruled(func, args, kwargs)
-    if mutable(func):
-        for t in _written(func, args, kwargs):  # the rules write below autograd, which then cannot see it
-            if not t._local_tensor.is_inference():
-                torch.autograd.graph.increment_version(t._local_tensor)
-    elif args and getattr(args[0], "_frozen_view", False) and func._schema.returns[0].alias_info is not None:
-        for t in mesh_tensors([result]):  # a view of a copy is a copy
-            t._frozen_view = True
+    if writes:
+        for t in _written(func, args, kwargs):
+            written(t, changes_shape)
+    elif args and is_mesh(args[0]) and _views(func):
+        remember(result, func, args, kwargs)
     return result
+
+
+def _views(func: Any) -> bool:
+    """Whether the operator returns views of its first argument."""
+    if func not in _is_view:
+        returns = func._schema.returns
+        _is_view[func] = bool(returns) and returns[0].alias_info is not None and not mutable(func)
+    return _is_view[func]
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
@@ -153,8 +165,6 @@ def _without_summands(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
     Raises `UnsupportedError` where only a view of the summands would be added up.
     """
-    if not any(_is_partial(t) for t in mesh_tensors([*args, *kwargs.values()])):
-        return args, kwargs
     if mutable(func):
         if accumulates(func, args):
             return args, kwargs
@@ -189,7 +199,20 @@ def _ruled(func: Any, args: Any, kwargs: Any) -> Any:
         return _pointwise_rule(func, args, kwargs)
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return func.decompose(*args, **kwargs)  # inference mode hands these over in one piece
+    if mutable(func) and args and is_mesh(args[0]) and (plain := _without_writing(func)) is not None:
+        x = args[0]
+        out = dispatch(plain, args, kwargs)
+        x._local_tensor.copy_(placed(out, tuple(x._spec.placements), cause_of(func, args)))
+        return x
     return fallback(func, args, kwargs)
+
+
+def _without_writing(func: Any) -> Any:
+    """The form of an in-place operator that returns a new tensor, or None."""
+    name = func._schema.name.removeprefix("aten::")
+    if torch.Tag.nondeterministic_seeded in func.tags or not name.endswith("_") or name.startswith("_"):
+        return None
+    return getattr(getattr(torch.ops.aten, name[:-1], None), func._overloadname, None)
 
 
 def fallback(func: Any, args: Any, kwargs: Any) -> Any:
@@ -207,7 +230,7 @@ def fallback(func: Any, args: Any, kwargs: Any) -> Any:
     if torch.Tag.nondeterministic_seeded in func.tags:
         raise UnsupportedError(f"{name} in layer {layer()!r}: this random operator has no rule that all ranks share")
     split = [t for t in tensors if splits(tuple(t._spec.placements))]
-    if split and mutable(func):
+    if mutable(func) and any(splits(tuple(t._spec.placements)) for t in _written(func, args, kwargs)):
         raise UnsupportedError(f"{name} in layer {layer()!r} writes in place to a split tensor and has no rule")
     if split and ledger is not None and ledger.strict:
         where = ", ".join(f"{tuple(t._spec.shape)} {t._spec.placements}" for t in split)
@@ -256,3 +279,4 @@ def reshard(x: Any, dims: Sequence[int], cause: Cause) -> Any:
 
 
 set_dispatcher(dispatch)
+set_runner(_ruled)

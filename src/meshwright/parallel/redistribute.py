@@ -19,7 +19,7 @@ from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.mesh import coordinates, sizes
-from meshwright.parallel.tensor import MeshTensor, wrap
+from meshwright.parallel.tensor import MeshTensor, fresh, wrap
 from meshwright.plan.geometry import chunk
 
 
@@ -96,6 +96,8 @@ def gradient_placements(source: Placements, grad: Any) -> Placements:
 
 def redistribute(x: Any, target: Placements, cause: Cause | None = None) -> Any:
     """The same global value under `target`. Raises `UnsupportedError` if two axes would split one dim."""
+    if x._frozen_view:
+        fresh(x)
     if tuple(x._spec.placements) == target:
         return x
     ndim = len(x._spec.shape)
@@ -133,6 +135,8 @@ class _ToLocal(Function):
 def to_local(x: Any, grad_axes: tuple[int, ...] = ()) -> torch.Tensor:
     """This rank's part as a plain tensor. Along `grad_axes` ranks compute on different data with a replicated `x`,
     so there the gradient is a summand (Partial). A Partial `x` is summed first."""
+    if x._frozen_view:
+        fresh(x)
     if partial_axes(tuple(x._spec.placements)):
         x = redistribute(x, tuple(REPLICATE if isinstance(p, Partial) else p for p in x._spec.placements))
     return _ToLocal.apply(x, grad_axes)

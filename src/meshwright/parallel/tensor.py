@@ -40,6 +40,8 @@ class MeshOps:
 
     _local_tensor: torch.Tensor
     _spec: DTensorSpec
+    _frozen_view: bool = False  # a copy that one device would hold as a view
+    _source: Any = None  # of such a copy: where it comes from (see copies.py)
 
     @classmethod
     def __torch_function__(
@@ -120,7 +122,6 @@ class MeshTensor(MeshOps, _Base):
     _ledger: Ledger | None
     # torch would swap parameters by `swap_tensors` where values answer to flattening; ours follow through `.data`
     __tensor_flatten__ = property(_no_flattening)
-    _frozen_view: bool  # a copy that one device would hold as a view: in-place writes would be lost, so refused
 
 
 class MeshParameter(MeshOps, torch.Tensor):  # type: ignore[misc]
@@ -182,8 +183,15 @@ def wrap(
         )
         out._local_tensor, out._spec = local, spec
     out._ledger = ledger
-    out._frozen_view = frozen_view
+    if frozen_view:
+        out._frozen_view = True
     return out
+
+
+def fresh(x: Any) -> None:
+    """A copy of what one device would view is fetched anew if it was written elsewhere; collective then."""
+    if x._source is not None:
+        x._source.refresh(x)
 
 
 def like(local: torch.Tensor, other: Any) -> MeshTensor:

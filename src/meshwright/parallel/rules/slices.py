@@ -1,7 +1,7 @@
 """Slices and positions along a dim, and their gradients.
 
-Of a split dim: output chunk -> input interval -> window exchange. The result is then a copy, and writing to it in
-place is refused, because one device would write to the base.
+Of a split dim: output chunk -> input interval -> window exchange. The result is then a copy that
+behaves as a view: what is written to it goes home to the base (`copies.py`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,9 @@ from typing import Any
 
 import torch
 
+from meshwright.parallel.account import layer
+from meshwright.parallel.comm import Cause
+from meshwright.parallel.copies import Copied, remember, writer
 from meshwright.parallel.layout import axis_of, local_shape, moved, owned
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.operators import cause_of, operator
@@ -31,9 +34,9 @@ def slice_(func: Any, args: Any, kwargs: Any) -> Any:
     count = max(0, -(-(end - start) // step))
     new = (*shape[:dim], count, *shape[dim + 1 :])
     if axis_of(placements, dim) is None:
-        return wrap(func(x._local_tensor, *args[1:]), mesh, placements, new, x._ledger, frozen_view=_frozen(x))
+        return wrap(func(x._local_tensor, *args[1:]), mesh, placements, new, x._ledger)
     if count == shape[dim]:
-        return wrap(aten.alias(x._local_tensor), mesh, placements, new, x._ledger, frozen_view=_frozen(x))
+        return wrap(aten.alias(x._local_tensor), mesh, placements, new, x._ledger)
     axis = axis_of(placements, dim)
     assert axis is not None
     wanted = tuple(
@@ -43,11 +46,9 @@ def slice_(func: Any, args: Any, kwargs: Any) -> Any:
     local = fetch_chunks(x, x._local_tensor, dim, wanted, cause_of(func, args))
     if step > 1:
         local = aten.slice(local, dim, 0, None, step)
-    return wrap(local, mesh, placements, new, x._ledger, frozen_view=True)
-
-
-def _frozen(x: Any) -> bool:
-    return bool(getattr(x, "_frozen_view", False))
+    out = wrap(local, mesh, placements, new, x._ledger, frozen_view=True)
+    remember(out, aten.slice.Tensor, (x, dim, start, end, step), {})
+    return out
 
 
 @operator(aten.slice_backward.default)
@@ -61,22 +62,38 @@ def slice_backward(func: Any, args: Any, kwargs: Any) -> Any:
     if axis is None:
         local = list(local_shape(mesh, placements, tuple(shape)))
         return wrap(func(grad._local_tensor, local, dim, *args[3:]), mesh, placements, tuple(shape), grad._ledger)
-    spans = chunks(shape[dim], sizes(mesh)[axis])
-    count = grad._spec.shape[dim]
+    out = grad._local_tensor.new_zeros(local_shape(mesh, placements, tuple(shape)))
+    put_home(grad, out, dim, shape[dim], start, step, cause_of(func, args))
+    return wrap(out, mesh, placements, tuple(shape), grad._ledger)
+
+
+def put_home(piece: Any, local: torch.Tensor, dim: int, size: int, start: int, step: int, cause: Cause) -> None:
+    """Write mesh tensor `piece`, the slice `[start::step]` of split dim `dim` of `size`, into this rank's part
+    `local` of the whole. Each position is sent at most once."""
+    mesh, placements, _ = parts(piece)
+    axis = axis_of(placements, dim)
+    assert axis is not None
+    count = piece._spec.shape[dim]
 
     def positions(span: Interval) -> Interval:  # the indices of the slice whose positions lie in `span`
         lo = min(count, max(0, -(-(span.lo - start) // step)))
         return Interval(lo, max(lo, min(count, -(-(span.hi - start) // step))))
 
-    wanted = tuple(positions(span) for span in spans)
-    mine = fetch_chunks(grad, grad._local_tensor, dim, wanted, cause_of(func, args))
-    span = owned(mesh, placements, dim, shape[dim])
+    wanted = tuple(positions(span) for span in chunks(size, sizes(mesh)[axis]))
+    mine = fetch_chunks(piece, piece._local_tensor, dim, wanted, cause)
+    span = owned(mesh, placements, dim, size)
     index = positions(span)
-    out = mine.new_zeros(local_shape(mesh, placements, tuple(shape)))
     if index.size:
         first = start + index.lo * step - span.lo
-        aten.slice(out, dim, first, first + (index.size - 1) * step + 1, step).copy_(mine)
-    return wrap(out, mesh, placements, tuple(shape), grad._ledger)
+        aten.slice(local, dim, first, first + (index.size - 1) * step + 1, step).copy_(mine)
+
+
+@writer(aten.slice.Tensor)
+def write_slice(source: Copied, base: Any) -> None:
+    """Each position goes to its owner."""
+    dim, start, _, step = source.args
+    cause = Cause(base._ledger, (layer(), "slice"))
+    put_home(source.copy(), base._local_tensor, dim, base._spec.shape[dim], start, step, cause)
 
 
 @operator(aten.select.int, linear=True)
@@ -91,12 +108,24 @@ def select(func: Any, args: Any, kwargs: Any) -> Any:
     axis = axis_of(placements, dim)
     if axis is None:
         out = func(x._local_tensor, dim, index)
-        return wrap(out, mesh, moved(placements, mapping), new, x._ledger, frozen_view=_frozen(x))
+        return wrap(out, mesh, moved(placements, mapping), new, x._ledger)
     if not 0 <= index < shape[dim]:
         raise IndexError(f"index {index} is out of bounds for dim {dim} with size {shape[dim]}")
     wanted = (Interval(index, index + 1),) * sizes(mesh)[axis]
     local = fetch_chunks(x, x._local_tensor, dim, wanted, cause_of(func, args))
-    return wrap(local.select(dim, 0), mesh, moved(placements, mapping), new, x._ledger, frozen_view=True)
+    out = wrap(local.select(dim, 0), mesh, moved(placements, mapping), new, x._ledger, frozen_view=True)
+    remember(out, aten.select.int, (x, dim, index), {})
+    return out
+
+
+@writer(aten.select.int)
+def write_select(source: Copied, base: Any) -> None:
+    """The owner of the position takes it over; nothing is sent."""
+    mesh, placements, shape = parts(base)
+    dim, index = source.args
+    span = owned(mesh, placements, dim, shape[dim])
+    if span.lo <= index < span.hi:
+        base._local_tensor.select(dim, index - span.lo).copy_(source.local)
 
 
 @operator(aten.select_backward.default)

@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from meshwright.parallel.account import layer
+from meshwright.parallel.comm import Cause
+from meshwright.parallel.copies import Copied, writer
 from meshwright.parallel.exchange import Fetch, Line
 from meshwright.parallel.layout import axis_of, local_shape, moved, splits
 from meshwright.parallel.mesh import sizes
-from meshwright.parallel.operators import cause_of, dispatch, operator, reshard
+from meshwright.parallel.operators import cause_of, dispatch, operator, placed, reshard
 from meshwright.parallel.rules.common import parts, positive
 from meshwright.parallel.tensor import wrap
 from meshwright.plan.geometry import Interval, chunks
@@ -182,6 +185,15 @@ def _flat_exchange(
     return Fetch.apply(flat, have, want, line)
 
 
+@writer(aten.view.default, aten._unsafe_view.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims)
+def write_view(source: Copied, base: Any) -> None:
+    """The same elements in the order of the base."""
+    _, placements, shape = parts(base)
+    cause = Cause(base._ledger, (layer(), "view"))
+    back = view(aten.reshape.default, (source.copy(), shape), {})
+    base._local_tensor.copy_(placed(back, placements, cause))
+
+
 _IN_PLACE = {
     aten.squeeze_.default: aten.squeeze.default,
     aten.squeeze_.dim: aten.squeeze.dim,
@@ -199,5 +211,6 @@ def view_in_place(func: Any, args: Any, kwargs: Any) -> Any:
     new: Any = dispatch(_IN_PLACE[func], args, kwargs)
     with torch._C._DisableTorchDispatch():  # the handle has no data of its own: this sets its sizes alone
         func(*args, **kwargs)
-    x._local_tensor, x._spec, x._frozen_view = new._local_tensor, new._spec, new._frozen_view
+    x._local_tensor, x._spec = new._local_tensor, new._spec
+    x._frozen_view, x._source = new._frozen_view, new._source
     return x
