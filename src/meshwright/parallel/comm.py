@@ -18,6 +18,7 @@ from meshwright.errors import ExchangeError
 from meshwright.parallel.account import Ledger, sent, totals
 from meshwright.parallel.layout import global_strides
 from meshwright.parallel.mesh import coordinates, group, sizes
+from meshwright.parallel.transport import Transfer
 from meshwright.plan.geometry import chunk
 
 # torch 2.13 renamed it
@@ -43,7 +44,7 @@ class Cause:
         )
 
 
-def wait(works: Sequence[dist.Work], cause: Cause) -> None:
+def wait(works: Sequence[dist.Work | Transfer], cause: Cause) -> None:
     """Wait for posted work; the time is counted as waiting for neighbours."""
     start = time.perf_counter()
     try:
@@ -113,7 +114,7 @@ def swap_dims(
     """From chunks of dim `old` to chunks of dim `new` along `axis` (all-to-all); `shape` is global along both."""
     ranks, me = sizes(mesh)[axis], coordinates(mesh)[axis]
     mine = chunk(shape[new], ranks, me)
-    operations, parts = [], []
+    sends, receives, parts = [], [], []
     for peer in range(ranks):
         theirs = chunk(shape[new], ranks, peer)
         piece = local.narrow(new, theirs.lo, theirs.size)
@@ -122,14 +123,14 @@ def swap_dims(
             continue
         size = list(local.shape)
         size[old], size[new] = chunk(shape[old], ranks, peer).size, mine.size
-        part = local.new_empty(size)
-        parts.append(part)
-        if part.numel():
-            operations.append(dist.P2POp(dist.irecv, part, group=group(mesh, axis), group_peer=peer))
+        parts.append(local.new_empty(size))
+        receives.append((peer, parts[-1]))
         if piece.numel():
-            piece = piece.contiguous()
-            operations.append(dist.P2POp(dist.isend, piece, group=group(mesh, axis), group_peer=peer))
+            sends.append((peer, piece))
             cause.sent(piece.numel() * piece.element_size())
-    if operations:
-        wait(dist.batch_isend_irecv(operations), cause)
+    try:
+        transfer = Transfer(group(mesh, axis), sends, receives)
+    except RuntimeError as error:
+        raise cause.failed(error) from error
+    wait([transfer], cause)
     return torch.cat(parts, dim=old)

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -25,6 +24,7 @@ from meshwright.parallel.comm import Cause, dense_strides, wait
 from meshwright.parallel.layout import axis_of
 from meshwright.parallel.mesh import coordinates, group, sizes
 from meshwright.parallel.redistribute import to_local
+from meshwright.parallel.transport import Transfer
 from meshwright.plan.geometry import Interval, chunks, transfers
 
 Intervals = tuple[Interval, ...]
@@ -46,10 +46,6 @@ class Line:
     @property
     def ranks(self) -> int:
         return sizes(self.mesh)[self.axis]
-
-
-def _to_wire(piece: torch.Tensor) -> torch.Tensor:
-    return (piece.movedim(1, -1) if piece.ndim > 2 else piece).contiguous()
 
 
 def _from_wire(shape: Sequence[int], reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,10 +75,9 @@ class Posted:
         """
         start = time.perf_counter()
         self.line, self._pieces = line, []
-        operations: list[dist.P2POp] = []
-        self._keep: list[torch.Tensor] = []  # buffers must outlive the transfer
+        sends: list[tuple[int, torch.Tensor]] = []
+        receives: list[tuple[int, torch.Tensor]] = []
         me, dim = line.me, line.dim
-        pg = group(line.mesh, line.axis) if line.ranks > 1 else None
         for move in transfers(owned, wanted):
             if move.source == move.target:
                 continue
@@ -91,25 +86,25 @@ class Posted:
                 shape[dim] = move.span.size
                 buffer, piece = _from_wire(shape, local)
                 self._pieces.append((move.span, move.source, piece))
-                if buffer.numel():
-                    operations.append(dist.P2POp(dist.irecv, buffer, group=pg, group_peer=move.source))
+                receives.append((move.source, buffer))
             elif move.source == me:
                 piece = take(move.span) if take else local.narrow(dim, move.span.lo - owned[me].lo, move.span.size)
-                buffer = _to_wire(piece)
-                if buffer.numel():
-                    self._keep.append(buffer)
-                    line.cause.sent(buffer.numel() * buffer.element_size())
-                    operations.append(dist.P2POp(dist.isend, buffer, group=pg, group_peer=move.target))
+                if piece.numel():
+                    line.cause.sent(piece.numel() * piece.element_size())
+                    sends.append((move.target, piece.movedim(1, -1) if piece.ndim > 2 else piece))
+        self._transfer = None
         try:
-            self._works = dist.batch_isend_irecv(operations) if operations else []
+            if sends or receives:
+                self._transfer = Transfer(group(line.mesh, line.axis), sends, receives)
         except RuntimeError as error:
             raise line.cause.failed(error) from error
         totals.exchange_post_s += time.perf_counter() - start
 
     def pieces(self) -> list[tuple[Interval, int, torch.Tensor]]:
         """The pieces from other ranks, complete."""
-        wait(self._works, self.line.cause)
-        self._works, self._keep = [], []
+        if self._transfer is not None:
+            wait([self._transfer], self.line.cause)
+            self._transfer = None
         return self._pieces
 
 

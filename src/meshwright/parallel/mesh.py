@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from meshwright.cluster.process_group import ensure_process_group, set_time_limit
+from meshwright.parallel.transport import channels
 from meshwright.plan.plan import Plan
 
 _meshes: dict[tuple[object, ...], DeviceMesh] = {}
@@ -36,7 +37,9 @@ def mesh_of(plan: Plan, device_type: str) -> DeviceMesh:
     if key not in _meshes:
         sizes = tuple(axis.size for axis in plan.axes)
         names = tuple(axis.name for axis in plan.axes)
-        _meshes[key] = _limited(init_device_mesh(device_type, sizes, mesh_dim_names=names))
+        mesh = _meshes[key] = _limited(init_device_mesh(device_type, sizes, mesh_dim_names=names))
+        for axis in range(mesh.ndim):  # here, where all ranks come by: later each takes its own way
+            channels(group(mesh, axis))
     return _meshes[key]
 
 

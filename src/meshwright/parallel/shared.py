@@ -1,0 +1,126 @@
+"""Pieces between two processes of one host through shared memory: one copy in, one copy out.
+
+No socket, no copy by the kernel, no thread of a backend that takes a core from the computation. Nothing has a name
+in the file system: a rank's memory is an anonymous file (`memfd`) and its bell a pipe, which the other rank opens
+through `/proc/<pid>/fd`. So nothing stays behind when a rank is killed, only processes of the same user and host can
+open it, and the end of a rank closes its pipes, which its neighbours see at once.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import select
+import struct
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+
+SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
+LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
+_TOKEN = struct.Struct("=iiqq")  # number of the slot, its file, its size, bytes of the piece
+_ACK = struct.Struct("=i")
+
+
+@dataclass
+class _Slot:
+    """Memory of this rank that a neighbour reads; busy from the token to its acknowledgement."""
+
+    number: int
+    file: int
+    memory: torch.Tensor
+    busy: bool = False
+
+
+@dataclass(eq=False)
+class Channel:
+    """The way to and from one neighbour, process `pid`: bells and acknowledgements are ends of pipes."""
+
+    pid: int
+    bell_in: int
+    bell_out: int
+    ack_in: int
+    ack_out: int
+    _slots: list[_Slot] = field(default_factory=list)
+    _made: int = 0
+    _theirs: dict[int, torch.Tensor] = field(default_factory=dict)  # the neighbour's slots by number
+    _expected: deque[torch.Tensor] = field(default_factory=deque)  # buffers in the order of the pieces to come
+
+    def send(self, piece: torch.Tensor) -> None:
+        """Copy `piece` (any strides) to shared memory and ring. Never waits: where all slots are busy it makes one."""
+        nbytes = piece.numel() * piece.element_size()
+        slot = self._free_slot(nbytes)
+        slot.memory[:nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
+        slot.busy = True
+        try:
+            os.write(self.bell_out, _TOKEN.pack(slot.number, slot.file, slot.memory.numel(), nbytes))
+        except OSError as error:
+            raise RuntimeError(f"process {self.pid} takes no more pieces ({error})") from error
+
+    def expect(self, buffer: torch.Tensor) -> None:
+        """The next piece but those expected already is for `buffer` (contiguous)."""
+        self._expected.append(buffer)
+
+    def receive(self, buffer: torch.Tensor, limit_s: float) -> None:
+        """Wait until an expected `buffer` is filled; earlier ones are filled first.
+
+        Raises RuntimeError when the neighbour has ended, sends nothing for `limit_s`, or sends another size.
+        """
+        while any(buffer is other for other in self._expected):
+            self._take(self._expected.popleft(), limit_s)
+
+    def _take(self, buffer: torch.Tensor, limit_s: float) -> None:
+        poll = select.poll()
+        poll.register(self.bell_in, select.POLLIN)
+        if not poll.poll(limit_s * 1000):
+            raise RuntimeError(f"no answer within {limit_s:g} s")
+        token = os.read(self.bell_in, _TOKEN.size)
+        if not token:
+            raise RuntimeError(f"connection closed by peer: process {self.pid} has ended")
+        number, file, size, nbytes = _TOKEN.unpack(token)
+        wanted = buffer.numel() * buffer.element_size()
+        if nbytes != wanted:
+            raise RuntimeError(f"it sent {nbytes} bytes where {wanted} were expected")
+        memory = self._theirs.get(number)
+        try:
+            if memory is None:
+                memory = _mapped(os.open(f"/proc/{self.pid}/fd/{file}", os.O_RDWR), size, close=True)
+                if size <= LARGEST_KEPT_BYTES:
+                    self._theirs[number] = memory
+            buffer.copy_(memory[:nbytes].view(buffer.dtype).view(buffer.shape))
+            os.write(self.ack_out, _ACK.pack(number))
+        except OSError as error:
+            raise RuntimeError(f"connection closed by peer: process {self.pid} has ended ({error})") from error
+
+    def _free_slot(self, nbytes: int) -> _Slot:
+        self._read_acks()
+        fits = [slot for slot in self._slots if not slot.busy and slot.memory.numel() >= nbytes]
+        if fits:
+            return min(fits, key=lambda slot: slot.memory.numel())
+        size = max(SMALLEST_SLOT_BYTES, 1 << (nbytes - 1).bit_length())  # only pages that are written take memory
+        file = os.memfd_create("meshwright")
+        os.ftruncate(file, size)
+        self._slots.append(_Slot(self._made, file, _mapped(file, size)))
+        self._made += 1
+        return self._slots[-1]
+
+    def _read_acks(self) -> None:
+        poll = select.poll()
+        poll.register(self.ack_in, select.POLLIN)
+        while poll.poll(0):
+            ack = os.read(self.ack_in, _ACK.size)
+            if not ack:
+                raise RuntimeError(f"connection closed by peer: process {self.pid} has ended")
+            slot = next(slot for slot in self._slots if slot.number == _ACK.unpack(ack)[0])
+            slot.busy = False
+            if slot.memory.numel() > LARGEST_KEPT_BYTES:
+                self._slots.remove(slot)
+                os.close(slot.file)
+
+
+def _mapped(file: int, size: int, close: bool = False) -> torch.Tensor:
+    memory = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
+    if close:
+        os.close(file)
+    return memory

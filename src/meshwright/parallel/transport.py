@@ -1,0 +1,117 @@
+"""How pieces travel between two ranks: through shared memory where both are processes of one host, else by messages
+of the backend (gloo, NCCL). `MESHWRIGHT_TRANSPORT=messages` turns shared memory off; the default is `auto`.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from meshwright.cluster.limits import exchange_timeout_s
+from meshwright.errors import ConfigError
+from meshwright.parallel.shared import Channel
+
+VARIABLE = "MESHWRIGHT_TRANSPORT"
+MOST_NEIGHBOURS = 63  # a rank with more of them along one axis takes messages: each costs six open files
+
+
+def _here() -> int:
+    """A number that processes share if they can open each other's files: one boot, user, set of processes, network.
+
+    Ranks in different network namespaces are on different hosts to whoever put them there.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii")
+    spaces = [os.stat(f"/proc/self/ns/{space}").st_ino for space in ("pid", "net", "user")]
+    return zlib.crc32(f"{boot} {spaces} {os.getuid()}".encode())
+
+
+def _is_wanted() -> bool:
+    value = os.environ.get(VARIABLE, "auto")
+    if value not in ("auto", "messages"):
+        raise ConfigError(f"{VARIABLE}={value!r}: auto or messages")
+    return value == "auto" and hasattr(os, "memfd_create")
+
+
+@lru_cache(maxsize=1024)
+def channels(group: dist.ProcessGroup) -> dict[int, Channel]:
+    """The channels to the other ranks of a group, by rank in the group; none: messages. Collective, once a group.
+
+    All ranks decide alike: one that lies elsewhere, or cannot open a file of another, turns shared memory off for all.
+    """
+    ranks, me = dist.get_world_size(group), dist.get_rank(group)
+    if not 1 < ranks <= MOST_NEIGHBOURS + 1:
+        return {}
+    ours: dict[int, list[int]] = {}  # per neighbour both ends of this rank's bell and of its acknowledgements
+    mine, found = torch.zeros(2 + 2 * ranks, dtype=torch.int64), {}
+    try:
+        if _is_wanted():
+            for peer in range(ranks):
+                if peer != me:
+                    ours[peer] = [*os.pipe(), *os.pipe()]
+                    mine[2 + 2 * peer], mine[3 + 2 * peer] = ours[peer][1], ours[peer][3]
+            mine[0], mine[1] = _here(), os.getpid()
+    except OSError:  # no /proc, or no more files: the others hear of it
+        mine[0] = 0
+    everyone = [torch.empty_like(mine) for _ in range(ranks)]
+    dist.all_gather(everyone, mine, group=group)
+    try:
+        if all(int(other[0]) == int(mine[0]) != 0 for other in everyone):
+            for peer, ends in ours.items():
+                pid, bell, ack = (int(everyone[peer][i]) for i in (1, 2 + 2 * me, 3 + 2 * me))
+                flags = os.O_WRONLY | os.O_NONBLOCK
+                bell_out, ack_out = (os.open(f"/proc/{pid}/fd/{file}", flags) for file in (bell, ack))
+                found[peer] = Channel(pid, ends[0], bell_out, ends[2], ack_out)
+    except OSError:
+        found = {}
+    agreed = torch.tensor([len(found)])
+    dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
+    for ends in ours.values():  # the other rank's end is the only one now: when it ends, this rank sees it
+        for end in (ends[1], ends[3]) if int(agreed) else ends:
+            os.close(end)
+    return found if int(agreed) else {}
+
+
+class Transfer:
+    """Pieces under way between this rank and others of a group. The buffers are the caller's, and contiguous."""
+
+    def __init__(
+        self,
+        group: dist.ProcessGroup,
+        sends: Sequence[tuple[int, torch.Tensor]],
+        receives: Sequence[tuple[int, torch.Tensor]],
+    ) -> None:
+        """(rank in the group, tensor) each. Pieces of one rank for another arrive in the order they are posted in."""
+        sends = [(peer, piece) for peer, piece in sends if piece.numel()]
+        self._receives = [(peer, buffer) for peer, buffer in receives if buffer.numel()]
+        self._works: list[dist.Work] = []
+        self._keep: list[torch.Tensor] = []  # what messages are sent from must outlive the transfer
+        tensors = [tensor for _, tensor in (*sends, *self._receives)]
+        on_cpu = bool(tensors) and tensors[0].device.type == "cpu"
+        self._channels = channels(group) if on_cpu else {}
+        if self._channels:
+            for peer, buffer in self._receives:
+                self._channels[peer].expect(buffer)
+            for peer, piece in sends:
+                self._channels[peer].send(piece)
+        elif tensors:
+            self._keep = [piece.contiguous() for _, piece in sends]
+            operations = [dist.P2POp(dist.irecv, b, group=group, group_peer=peer) for peer, b in self._receives]
+            for (peer, _), piece in zip(sends, self._keep, strict=True):
+                operations.append(dist.P2POp(dist.isend, piece, group=group, group_peer=peer))
+            self._works = dist.batch_isend_irecv(operations)
+
+    def wait(self) -> None:
+        """Until all pieces are in their buffers. Raises RuntimeError when a rank is dead or late."""
+        if self._channels:
+            limit_s = exchange_timeout_s()
+            for peer, buffer in self._receives:
+                self._channels[peer].receive(buffer, limit_s)
+        for work in self._works:
+            work.wait()
+        self._receives, self._works, self._keep = [], [], []

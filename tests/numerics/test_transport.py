@@ -1,0 +1,169 @@
+"""Shared memory and messages carry the same pieces; a dead, late or confused neighbour is an error, not a hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import meshwright as mw
+from meshwright.errors import RankError
+from meshwright.models.small_unet import benchmark_unet
+from meshwright.parallel.shared import LARGEST_KEPT_BYTES
+from meshwright.parallel.transport import VARIABLE, Transfer, channels
+
+
+def _numbers(seed: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-100, 100, (size,), generator=generator).to(dtype)
+
+
+def everybody_to_everybody() -> dict[str, int]:
+    """Pieces of many sizes, types and strides in several posts, waited for in the opposite order."""
+    group = dist.new_group()
+    me, ranks = dist.get_rank(), dist.get_world_size()
+    peers = [peer for peer in range(ranks) if peer != me]
+    for turn in range(3):
+        posted = []
+        for number, (size, dtype) in enumerate(
+            [(5, torch.float64), (0, torch.float32), (70_000, torch.bfloat16), (300_001, torch.int64), (1, torch.bool)]
+        ):
+            key = 100 * turn + 10 * number
+            sends = [(peer, _numbers(key + me * ranks + peer, 2 * size, dtype)[::2]) for peer in peers]
+            buffers = [(peer, torch.empty(size, dtype=dtype)) for peer in peers]
+            posted.append((key, Transfer(group, sends, buffers), buffers))
+        for key, transfer, buffers in reversed(posted):
+            transfer.wait()
+            for peer, got in buffers:
+                want = _numbers(key + peer * ranks + me, 2 * len(got), got.dtype)[::2]
+                assert torch.equal(got, want), (turn, key, peer)
+    found = channels(group)
+    return {"channels": len(found), "slots": max((len(c._slots) for c in found.values()), default=0)}
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_pieces_arrive_whole_and_in_order(ranks: int) -> None:
+    """All ranks of this host use shared memory, and slots are used again."""
+    for found in mw.launch(everybody_to_everybody, ranks=ranks):
+        assert found["channels"] == ranks - 1
+        assert found["slots"] <= 8  # five pieces under way at most, of three sizes
+
+
+def test_messages_carry_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What runs between hosts: no channel, same pieces."""
+    monkeypatch.setenv(VARIABLE, "messages")
+    assert all(found["channels"] == 0 for found in mw.launch(everybody_to_everybody, ranks=3))
+
+
+def test_an_unknown_transport_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The variable takes two values."""
+    monkeypatch.setenv(VARIABLE, "pigeons")
+    with pytest.raises(RankError, match="pigeons"):
+        mw.launch(everybody_to_everybody, ranks=2)
+
+
+def one_rank_lies_elsewhere() -> int:
+    """Rank 1 asks for messages: all must agree on them."""
+    if dist.get_rank() == 1:
+        os.environ[VARIABLE] = "messages"
+    return everybody_to_everybody()["channels"]
+
+
+def test_all_ranks_decide_alike() -> None:
+    """One rank without shared memory turns it off for all."""
+    assert mw.launch(one_rank_lies_elsewhere, ranks=3) == [0, 0, 0]
+
+
+def trained() -> list[torch.Tensor]:
+    """Two steps of a network whose every exchange is posted early and waited for late."""
+    torch.manual_seed(0)
+    plan = mw.Plan.uniform(depth=2, height=2)
+    model = mw.parallelize(benchmark_unet(), plan)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    x = mw.shard(torch.randn(1, 4, 12, 20, 16, generator=torch.Generator().manual_seed(1)), plan)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (model(x) ** 2).mean().backward()
+        optimizer.step()
+    return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def test_both_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport moves bytes and changes none."""
+    shared = mw.launch(trained, ranks=4)[0]
+    monkeypatch.setenv(VARIABLE, "messages")
+    assert all(torch.equal(a, b) for a, b in zip(shared, mw.launch(trained, ranks=4)[0], strict=True))
+
+
+def large_slots_are_given_back() -> int:
+    """Bytes of slots that stay after pieces larger than what is kept."""
+    group = dist.new_group()
+    peer = 1 - dist.get_rank()
+    for _ in range(3):
+        buffer = torch.empty(LARGEST_KEPT_BYTES + 1, dtype=torch.uint8)
+        Transfer(group, [(peer, torch.ones_like(buffer))], [(peer, buffer)]).wait()
+        assert int(buffer.sum()) == len(buffer)
+    dist.barrier()
+    small = torch.zeros(1)
+    Transfer(group, [(peer, torch.ones(1))], [(peer, small)]).wait()
+    (channel,) = channels(group).values()
+    return sum(slot.memory.numel() for slot in channel._slots)
+
+
+def test_large_pieces_leave_nothing() -> None:
+    """An all-to-all of a volume must not hold its memory for ever."""
+    assert all(left <= LARGEST_KEPT_BYTES for left in mw.launch(large_slots_are_given_back, ranks=2))
+
+
+def a_piece_of_another_size() -> None:
+    """Rank 1 took another path and sends less than rank 0 expects."""
+    group = dist.new_group()
+    me = dist.get_rank()
+    buffer = torch.empty(8)
+    Transfer(group, [(1 - me, torch.ones(8 - 4 * me))], [(1 - me, buffer)]).wait()
+
+
+def test_another_size_is_an_error() -> None:
+    """Never a buffer half full."""
+    with pytest.raises(RankError, match="sent 16 bytes where 32 were expected"):
+        mw.launch(a_piece_of_another_size, ranks=2)
+
+
+def a_neighbour_is_killed(folder: str) -> None:
+    """Rank 1 dies while rank 0 waits for its piece; rank 0 notes what it saw."""
+    group = dist.new_group()
+    channels(group)
+    dist.barrier()
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    try:
+        Transfer(group, [], [(1, torch.empty(8))]).wait()
+    except RuntimeError as error:
+        Path(folder, "seen").write_text(str(error), encoding="utf-8")
+        raise
+
+
+def test_a_killed_neighbour_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the end of its pipe, long before the time limit; the job names the rank that was killed."""
+    monkeypatch.setenv("MESHWRIGHT_TIMEOUT_S", "300")
+    with pytest.raises(RankError, match="rank 1"):
+        mw.launch(a_neighbour_is_killed, ranks=2, args=(str(tmp_path),))
+
+
+def a_neighbour_is_late() -> None:
+    """Rank 1 sends nothing."""
+    group = dist.new_group()
+    channels(group)
+    if dist.get_rank() == 0:
+        Transfer(group, [], [(1, torch.empty(8))]).wait()
+
+
+def test_a_late_neighbour_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time limit of the exchange holds for shared memory too."""
+    monkeypatch.setenv("MESHWRIGHT_TIMEOUT_S", "2")
+    with pytest.raises(RankError, match=r"no answer within 2 s|has ended"):
+        mw.launch(a_neighbour_is_late, ranks=2)
