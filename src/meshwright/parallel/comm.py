@@ -81,8 +81,8 @@ def all_gather_stack(local: torch.Tensor, mesh: DeviceMesh, axis: int, cause: Ca
     local = local.contiguous()
     cause.sent((ranks - 1) * local.numel() * local.element_size(), ranks - 1)
     out = local.new_empty((ranks, *local.shape))
-    # as bytes: backends differ in the types they gather
-    flat_out, flat_in = out.view(-1).view(torch.uint8), local.view(-1).view(torch.uint8)
+    # as bytes: backends differ in the types they gather; a single element may keep an odd stride, which bytes cannot
+    flat_out, flat_in = out.view(-1).view(torch.uint8), local.as_strided((local.numel(),), (1,)).view(torch.uint8)
     wait([_all_gather(flat_out, flat_in, group=group(mesh, axis), async_op=True)], cause)
     return out
 
