@@ -142,6 +142,11 @@ def to_local(x: Any, grad_axes: tuple[int, ...] = ()) -> torch.Tensor:
     return _ToLocal.apply(x, grad_axes)
 
 
+# A checkpoint repeats its forward when backward first asks for something saved, and stops after the last thing saved.
+# Between the exchanges of a rule that may be another place on every rank, so every rule ends by saving this.
+_mark = torch.empty(0)
+
+
 class _FromLocal(Function):
     @staticmethod
     def forward(
@@ -154,12 +159,15 @@ class _FromLocal(Function):
     ) -> MeshTensor:
         ctx.placements = placements
         ctx.cause = Cause(ledger, (layer(), "gradient"))
+        ctx.save_for_backward(_mark)
         return wrap(same(local), mesh, placements, shape, ledger)
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
+        _ = ctx.saved_tensors
         target = tuple(REPLICATE if isinstance(p, Partial) else p for p in ctx.placements)
-        return to_local(redistribute(grad, target, ctx.cause)), None, None, None, None
+        local = to_local(redistribute(grad, target, ctx.cause), partial_axes(ctx.placements))
+        return local, None, None, None, None
 
 
 def from_local(

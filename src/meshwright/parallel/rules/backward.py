@@ -80,9 +80,10 @@ def grad(
     materialize_grads: bool = False,
 ) -> Any:
     """`torch.autograd.grad`."""
-    if is_grads_batched:
-        return NotImplemented
     outputs, wanted = _tuple(outputs), _tuple(inputs)
+    if is_grads_batched:
+        options = (retain_graph, create_graph, only_inputs, allow_unused, False, materialize_grads)
+        return _batched(outputs, wanted, _tuple(grad_outputs), options)
     found = torch.autograd.grad(
         _edges(outputs),
         _edges(wanted),
@@ -96,3 +97,14 @@ def grad(
     return tuple(
         torch.zeros_like(x, requires_grad=create_graph) if g is None else g for g, x in zip(found, wanted, strict=True)
     )
+
+
+def _batched(outputs: tuple[Any, ...], wanted: tuple[Any, ...], batches: tuple[Any, ...], options: Any) -> Any:
+    """A gradient for each entry of the first dim of `batches`: one after the other, since `vmap` knows no mesh."""
+    keep, *rest = options
+    count = len(batches[0])
+    rows = [
+        grad(outputs, wanted, tuple(b[i] for b in batches), True if i < count - 1 else keep, *rest)
+        for i in range(count)
+    ]
+    return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from meshwright.parallel.exchange import Line, fetch
+from meshwright.parallel.exchange import Line
 from meshwright.parallel.functions import (
     as_mesh,
     autocast,
@@ -25,7 +25,8 @@ from meshwright.parallel.functions import (
 from meshwright.parallel.kernels import Conv
 from meshwright.parallel.layout import axis_of, local_shape, split_axes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
-from meshwright.parallel.rules.halo_conv import Cut, SpatialConv
+from meshwright.parallel.rules.halo import Cut
+from meshwright.parallel.rules.halo_conv import SpatialConv
 from meshwright.plan.geometry import Interval, chunks
 
 MAX_THIN = 8  # more output planes than this near a cut: one window is cheaper than plane by plane
@@ -92,10 +93,8 @@ def conv(
         have, want = cut.owned[cut.line.me], cut.wanted[cut.line.me]
         before, after = cut.edge
         pads[cut.dim - 2] = (before + have.lo - want.lo, after + want.hi - have.hi) if hidden else cut.edge
-        if not hidden:
-            local = fetch(local, shape[cut.dim], cut.wanted, cut.line)
     settings = Conv(stride, dilation, groups), tuple(pads), tuple(local_out)
-    y = SpatialConv.apply(local, w, b, *settings, tuple(cuts) if hidden else ())
+    y = SpatialConv.apply(local, w, b, *settings, tuple(cuts), hidden)
     return from_local(y, mesh, placements, out_shape, cause.ledger)
 
 

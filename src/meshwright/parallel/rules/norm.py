@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_reduce
@@ -33,6 +32,20 @@ from meshwright.parallel.rules.reduce import merged_moments
 
 def _wide(t: torch.Tensor) -> torch.dtype:
     return torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype
+
+
+class _Total(Function):
+    """The sum of local tensors over the ranks along `axes`, which each of them goes on with in its own way: so the
+    gradient of every summand is the sum of the ranks' gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, local: torch.Tensor, mesh: DeviceMesh, axes: tuple[int, ...], cause: Cause) -> torch.Tensor:
+        ctx.constants = mesh, axes, cause
+        return all_reduce(local, mesh, axes, cause)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Total.apply(grad, *ctx.constants), None, None, None
 
 
 class Standardize(Function):
@@ -62,13 +75,15 @@ class Standardize(Function):
         if bias is not None:
             y.add_(bias)
         ctx.constants = dims, count, mesh, axes, cause, None if bias is None else tuple(bias.shape)
+        ctx.eps = eps
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.mark_non_differentiable(mean64, var64)
         return y.to(x.dtype), mean64, var64
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            return *_differentiable(ctx, grad), None, None, None, None, None, None
         dims, count, mesh, axes, cause, bias_shape = ctx.constants
         x, weight, mean, rstd = ctx.saved_tensors
         wide = _wide(x)
@@ -86,6 +101,28 @@ class Standardize(Function):
         first, second = all_reduce(sums, mesh, axes, cause) / max(1, count)
         d_x = normal.mul_(-second).add_(g).sub_(first).mul_(rstd)
         return d_x.to(x.dtype), d_weight, d_bias, None, None, None, None, None, None
+
+
+def _differentiable(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The same gradients as an expression that autograd follows; the moments are those of `x` again."""
+    dims, count, mesh, axes, cause, bias_shape = ctx.constants
+    x, weight, known, _ = ctx.saved_tensors
+    wide = _wide(x)
+    centred = x.to(wide) - known  # near the mean, so that the sums below keep their digits
+    sums = torch.stack([centred.sum(dims, keepdim=True), (centred * centred).sum(dims, keepdim=True)])
+    mean, square = _Total.apply(sums, mesh, axes, cause) / max(1, count)
+    rstd = (square - mean * mean + ctx.eps).rsqrt()
+    normal = (centred - mean) * rstd
+    g = grad.to(wide)
+    d_bias = None if bias_shape is None else g.sum_to_size(bias_shape)
+    d_weight = None if weight is None else (g * normal).sum_to_size(weight.shape).to(weight.dtype)
+    if not ctx.needs_input_grad[0]:
+        return None, d_weight, d_bias
+    if weight is not None:
+        g = g * weight.to(wide)
+    sums = torch.stack([g.sum(dims, keepdim=True), (g * normal).sum(dims, keepdim=True)])
+    first, second = _Total.apply(sums, mesh, axes, cause) / max(1, count)
+    return ((g - first - normal * second) * rstd).to(x.dtype), d_weight, d_bias
 
 
 def _affine(
