@@ -46,6 +46,12 @@ PLANS: dict[str, dict[str, int]] = {
     "h2w4": {"height": 2, "width": 4},
     "d2h2w2": {"depth": 2, "height": 2, "width": 2},
     "n2d2h2": {"data": 2, "depth": 2, "height": 2},
+    "n2": {"data": 2},
+    "n3": {"data": 3},
+    "d2w2": {"depth": 2, "width": 2},
+    "d4w2": {"depth": 4, "width": 2},
+    "n2w4": {"data": 2, "width": 4},
+    "n2h2w2": {"data": 2, "height": 2, "width": 2},
 }
 FOUR = {5: ("d4", "h4", "d2h2", "n2d2"), 4: ("h4", "w4", "h2w2", "n2h2"), 3: ("w4", "n2w2"), 2: ("n4",)}
 SAMPLE = {

@@ -216,3 +216,41 @@ def padded(dim: int, left: int, right: int, mode: str = "constant") -> Stage:
         return o % n if mode == "circular" else None
 
     return moved(dim, lambda n: [source(n, o) for o in range(-left, n + right)])
+
+
+def sliced(dim: int, cut: slice) -> Stage:
+    """`x[a:b:c]` along one dim: output o is position a + o·c; what lies between two of a rank travels along."""
+
+    def needs(n: int, out: range) -> range:
+        found = range(n)[cut][out[0] : out[-1] + 1]
+        return range(found[0], found[-1] + 1)
+
+    return Stage((needs,), (lambda n: len(range(n)[cut]),), first=dim)
+
+
+def resampled(mode: str, sizes: Sequence[int], scales: Sequence[float | None], align: bool) -> Stage:
+    """Interpolation with torch's coordinates: a factor that the user gave counts as it is, else n/m.
+
+    A coordinate within 1e-6 of a whole number may fall to either side.
+    """
+
+    def needs(n: int, out: range, m: int, scale: float | None) -> set[int]:
+        found: set[int] = set()
+        ratio = 1.0 / scale if scale else n / m
+        for o in out:
+            if n == m:
+                found.add(o)
+            elif mode == "linear":
+                at = o * (n - 1) / max(1, m - 1) if align else max((o + 0.5) * ratio - 0.5, 0.0)
+                low = {min(n - 1, max(0, math.floor(at + slip))) for slip in (-1e-6, 1e-6)}
+                found |= low | {min(n - 1, at + 1) for at in low}
+            else:
+                at = (o + 0.5) * ratio if mode == "nearest-exact" else o * ratio
+                found |= {min(n - 1, max(0, math.floor(at + slip))) for slip in (-1e-6, 1e-6)}
+        return found
+
+    pairs = list(zip(sizes, scales, strict=True))
+    return Stage(
+        tuple(lambda n, out, m=m, s=s: needs(n, out, m, s) for m, s in pairs),
+        tuple(lambda n, m=m: m for m in sizes),
+    )
