@@ -7,7 +7,7 @@ and reports, or refuses. Nothing is passed on unseen.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
@@ -25,11 +25,42 @@ Rule = Callable[[Any, Any, Any], Any]
 OPERATORS: dict[Any, Rule] = {}
 POINTWISE: set[Any] = set()  # elementwise operators that torch does not tag
 LINEAR: set[Any] = set()  # operators that may work on summands (Partial) without summing first
-_is_pointwise: dict[Any, bool] = {}
-_is_mutable: dict[Any, bool] = {}
-_is_view: dict[Any, bool] = {}
+_known: dict[Any, _Operator] = {}
 
 _pointwise_rule: Rule | None = None
+
+
+class _Operator(NamedTuple):
+    """What dispatch asks about an operator, found once: asking torch costs as much as small work."""
+
+    rule: Rule | None
+    writes: bool
+    reshapes: bool  # in place
+    is_linear: bool
+    views: bool  # returns views of its first argument
+    targets: tuple[tuple[int, str], ...]  # position and name of the arguments it writes to
+
+    @classmethod
+    def of(cls, func: Any) -> _Operator:
+        rule, tags, returns = OPERATORS.get(func), func.tags, func._schema.returns
+        elementwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
+        if rule is None and (func in POINTWISE or elementwise):
+            rule = _pointwise_rule
+        writes: bool = func._schema.is_mutable
+        views = bool(returns) and returns[0].alias_info is not None and not writes
+        targets = tuple(
+            (i, argument.name)
+            for i, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
+        return cls(rule, writes, writes and torch.Tag.inplace_view in tags, func in LINEAR, views, targets)
+
+
+def _about(func: Any) -> _Operator:
+    known = _known.get(func)
+    if known is None:
+        known = _known[func] = _Operator.of(func)
+    return known
 
 
 def operator(*funcs: Any, linear: bool = False) -> Callable[[Rule], Rule]:
@@ -74,18 +105,8 @@ def summed(x: Any, cause: Cause) -> Any:
 
 def mutable(func: Any) -> bool:
     """Whether the operator writes to one of its arguments."""
-    if func not in _is_mutable:
-        _is_mutable[func] = func._schema.is_mutable
-    return _is_mutable[func]
-
-
-def _pointwise(func: Any) -> bool:
-    if func not in _is_pointwise:
-        tags = func.tags
-        _is_pointwise[func] = func in POINTWISE or (
-            torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
-        )
-    return _is_pointwise[func]
+    is_mutable: bool = func._schema.is_mutable
+    return is_mutable
 
 
 def _map(values: Any, change: Callable[[Any], Any]) -> Any:
@@ -105,43 +126,33 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     for t in tensors:
         if t._frozen_view:
             fresh(t)
-    writes = mutable(func)
-    changes_shape = writes and torch.Tag.inplace_view in func.tags
-    if changes_shape and func not in OPERATORS:
+    known = _about(func)
+    if known.writes and not known.reshapes:
+        for t in _written(func, args, kwargs):
+            if t._frozen_view:
+                check_writable(func, t)
+    elif known.reshapes and known.rule is None:
         raise UnsupportedError(
             f"{func} in layer {layer()!r} changes the shape of a mesh tensor in place; "
             "use the form without underscore, which returns a new tensor"
         )
-    if writes and not changes_shape:
-        for t in _written(func, args, kwargs):
-            if t._frozen_view:
-                check_writable(func, t)
-    if any(_is_partial(t) for t in tensors):
-        args, kwargs = _without_summands(func, args, kwargs)
+    if not known.is_linear or known.writes:
+        for t in tensors:
+            if _is_partial(t):
+                args, kwargs = _without_summands(func, args, kwargs)
+                break
     result = _ruled(func, args, kwargs)
-    if writes:
+    if known.writes:
         for t in _written(func, args, kwargs):
-            written(t, changes_shape)
-    elif args and is_mesh(args[0]) and _views(func):
+            written(t, known.reshapes)
+    elif known.views and args and is_mesh(args[0]):
         remember(result, func, args, kwargs)
     return result
 
 
-def _views(func: Any) -> bool:
-    """Whether the operator returns views of its first argument."""
-    if func not in _is_view:
-        returns = func._schema.returns
-        _is_view[func] = bool(returns) and returns[0].alias_info is not None and not mutable(func)
-    return _is_view[func]
-
-
 def _written(func: Any, args: Any, kwargs: Any) -> list[Any]:
     """The mesh tensors an operator writes to."""
-    found = []
-    for i, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            found.append(args[i] if i < len(args) else kwargs.get(argument.name))
-    return mesh_tensors(found)
+    return mesh_tensors([args[i] if i < len(args) else kwargs.get(name) for i, name in _about(func).targets])
 
 
 def _is_partial(t: Any) -> bool:
@@ -178,8 +189,6 @@ def _without_summands(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
                     )
                 whole = summed(t, cause)
                 t._local_tensor, t._spec = whole._local_tensor, whole._spec
-    elif func in LINEAR:
-        return args, kwargs
     cause = cause_of(func, args)
 
     def whole_of(t: Any) -> Any:
@@ -189,14 +198,11 @@ def _without_summands(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
 
 
 def _ruled(func: Any, args: Any, kwargs: Any) -> Any:
-    rule = OPERATORS.get(func)
+    rule = _about(func).rule
     if rule is not None:
         result = rule(func, args, kwargs)
         if result is not NotImplemented:
             return result
-    elif _pointwise(func):
-        assert _pointwise_rule is not None
-        return _pointwise_rule(func, args, kwargs)
     if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
         return func.decompose(*args, **kwargs)  # inference mode hands these over in one piece
     if mutable(func) and args and is_mesh(args[0]) and (plain := _without_writing(func)) is not None:
