@@ -86,7 +86,7 @@ class TrainConfig:
 class AugmentConfig:
     """Flips, each with probability one half, and image · (1 ± scale) ± shift, drawn from seed and step."""
 
-    flip: tuple[str, ...] = ()  # of depth, height, width
+    flip: tuple[str, ...] | None = None  # of depth, height, width; None: mni152 depth and height, folder nothing
     scale: float = 0.1
     shift: float = 0.1
 

@@ -120,7 +120,10 @@ def training_batch(job: Job, step: int) -> Batch:
     size = batch_size(config, job.plan)
     indices = sampler.batch(config.seed, step - 1, len(job.train.names), size)
     batch = load(job, job.train, indices)
-    ranges = augment.Augmentation(config.augment.flip, config.augment.scale, config.augment.shift)
+    flip = config.augment.flip
+    if flip is None:  # the template has no label that knows a side; the labels of others may
+        flip = ("depth", "height") if config.data.name == "mni152" else ()
+    ranges = augment.Augmentation(flip, config.augment.scale, config.augment.shift)
     return Batch(*augment.apply(augment.draw(ranges, config.seed, step), batch.image, batch.label))
 
 
