@@ -6,10 +6,13 @@ from functools import lru_cache
 
 import cases_conv
 import cases_corners
+import cases_indices
+import cases_loss
 import cases_norm
 import cases_pool
 import cases_random
 import cases_reduce
+import cases_sampling
 import cases_shape
 import scenarios
 from harness import Case, plan_of
@@ -24,6 +27,9 @@ OPERATIONS: list[Case] = [
     *cases_reduce.CASES,
     *cases_random.CASES,
     *cases_corners.CASES,
+    *cases_indices.CASES,
+    *cases_loss.CASES,
+    *cases_sampling.CASES,
 ]
 KEYS: list[Key] = [(case.name, plan) for case in [*OPERATIONS, *scenarios.SCENARIOS] for plan in case.all_plans()]
 

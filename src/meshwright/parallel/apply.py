@@ -21,6 +21,7 @@ from meshwright.parallel.randomness import forward_seeded
 from meshwright.parallel.redistribute import from_local as _from_local
 from meshwright.parallel.redistribute import redistribute
 from meshwright.parallel.rules.pointwise import cut
+from meshwright.parallel.rules.sync_norm import adopt
 from meshwright.parallel.tensor import MeshParameter, MeshTensor, is_mesh, spec_of, wrap
 from meshwright.plan.plan import Plan
 
@@ -121,6 +122,7 @@ def parallelize(
     ledger = Ledger(strict=strict, seed=seed)
     done: dict[int, torch.Tensor] = {}
     for module in model.modules():
+        adopt(module)
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None and id(tensor) not in done:

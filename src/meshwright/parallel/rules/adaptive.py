@@ -19,10 +19,18 @@ from torch.autograd import Function
 
 from meshwright.parallel.comm import all_gather_stack, all_reduce
 from meshwright.parallel.exchange import Line
-from meshwright.parallel.functions import function, gathered
+from meshwright.parallel.functions import function, placements_of
 from meshwright.parallel.layout import REPLICATE, with_axis
-from meshwright.parallel.redistribute import from_local
-from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, result_dtype
+from meshwright.parallel.redistribute import from_local, same
+from meshwright.parallel.rules.windows import (
+    Space,
+    enter,
+    fetch_windows,
+    nothing,
+    raster,
+    result_dtype,
+    unravelled,
+)
 from meshwright.parallel.tensor import wrap
 from meshwright.plan.geometry import Interval, chunks, transfers
 
@@ -107,11 +115,44 @@ class _Sum(Function):
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, line: Line) -> torch.Tensor:
+        ctx.line = line
         return all_reduce(local, line.mesh, [line.axis], line.cause) if local.numel() else local.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return grad, None
+        return _Copy.apply(grad, ctx.line), None
+
+
+class _Copy(Function):
+    """A replicated gradient that each rank goes on with in its own way: its own gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, line: Line) -> torch.Tensor:
+        ctx.line = line
+        return same(grad)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return _Sum.apply(grad, ctx.line), None
+
+
+class _Picked(Function):
+    """`y` where it is `mine`, else the value `best` of its owner along `lines`, who gets the gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, mine: torch.Tensor, best: torch.Tensor, lines: Sequence[Line]
+    ) -> torch.Tensor:
+        ctx.lines = lines
+        ctx.save_for_backward(mine)
+        return torch.where(mine, y, best)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        (mine,) = ctx.saved_tensors
+        for line in ctx.lines:
+            grad = _Copy.apply(grad, line)
+        return torch.where(mine, grad, 0), None, None, None
 
 
 def _finish(space: Space, y: torch.Tensor, dims: Sequence[_Dim], outputs: Sequence[int]) -> Any:
@@ -134,6 +175,16 @@ def _outputs(n: int, input: Any, output_size: Any) -> tuple[int, ...]:
     return outputs
 
 
+def _means(n: int, local: torch.Tensor, sizes: Sequence[int], outputs: Sequence[int]) -> torch.Tensor:
+    """The plain operator. To a single position it is a mean, whose gradient does not hang on the input; where that is
+    so on this rank alone, it is made to, so that second gradients walk through the same graph on every rank."""
+    y: torch.Tensor = _AVG[n](local, sizes)
+    if max(sizes) == 1 < max(outputs):
+        nil = local.narrow(0, 0, 0).sum()
+        y = y + nil * nil
+    return y
+
+
 def adaptive_avg_pool(n: int, input: Any, output_size: Any) -> Any:
     """Means over bins; sums of a merged dim are taken in at least fp32."""
     if input.ndim == n + 1:
@@ -153,7 +204,12 @@ def adaptive_avg_pool(n: int, input: Any, output_size: Any) -> Any:
         if not d.merged and local.numel() and not d.native(local.shape[d.dim]) and d.bins:
             local = torch.cat([local.narrow(d.dim, b.lo, b.size).mean(d.dim, keepdim=True) for b in d.bins], d.dim)
     target = (*local.shape[:2], *(outputs[d.dim - 2] if d.merged else len(d.bins) for d in dims))
-    y = _AVG[n](local, target[2:]) if 0 not in target else nothing(local, target, lambda one: _AVG[n](one, 1))
+    if 0 in target:
+        y = nothing(
+            local, target, lambda one: _means(n, one.expand(1, 1, *(2,) * n), [min(m, 2) for m in outputs], outputs)
+        )
+    else:
+        y = _means(n, local, target[2:], outputs)
     for d in merged:
         assert d.merged is not None
         y, m = _Sum.apply(y, d.merged), outputs[d.dim - 2]
@@ -180,11 +236,6 @@ def adaptive_max_pool(n: int, input: Any, output_size: Any, return_indices: bool
         out = adaptive_max_pool(n, input.unsqueeze(0), output_size, return_indices)
         return (out[0].squeeze(0), out[1].squeeze(0)) if return_indices else out.squeeze(0)
     outputs = _outputs(n, input, output_size)
-    if return_indices:  # positions in the whole plane, so the plane must be whole
-        space, local = enter(gathered(input, range(2, n + 2), "adaptive_max_pool with indices"), "adaptive_max_pool")
-        y, index = _MAX[n](local, outputs, True)
-        shape = (*space.shape[:2], *outputs)
-        return space.done(y, shape), wrap(index, space.mesh, space.placements, shape, space.cause.ledger)
     space, local = enter(input, "adaptive_max_pool")
     local, dims = _prepare(space, local, outputs, False)
     here = (*local.shape[:2], *(len(d.bins) for d in dims))
@@ -197,29 +248,25 @@ def adaptive_max_pool(n: int, input: Any, output_size: Any, return_indices: bool
             local, table = _expanded(local, d)
             tables.append(table)
         y, index = _MAX[n](local, here[2:], True)
-        if any(d.merged for d in dims):
-            index = _global(index, tables, tuple(local.shape[2:]), space.shape[2:])
+        if return_indices or any(d.merged for d in dims):
+            places = unravelled(index, local.shape[2:])
+            index = raster([t[p] for t, p in zip(tables, places, strict=True)], space.shape[2:])
     for d in dims:
         if d.merged:
             y = _placed(y, d, outputs[d.dim - 2], -math.inf)
             index = _placed(index, d, outputs[d.dim - 2], _NEVER)
     lines = [d.merged for d in dims if d.merged]
-    return _finish(space, _greatest(y, index, lines) if lines else y, dims, outputs)
+    if lines:
+        y, index = _greatest(y, index, lines)
+    pooled = _finish(space, y, dims, outputs)
+    if not return_indices:
+        return pooled
+    return pooled, wrap(index, space.mesh, placements_of(pooled), tuple(pooled.shape), space.cause.ledger)
 
 
-def _global(
-    index: torch.Tensor, tables: Sequence[torch.Tensor], sizes: Sequence[int], whole: Sequence[int]
-) -> torch.Tensor:
-    """Raster positions within local `sizes` as raster positions within the `whole` space."""
-    out, step = torch.zeros_like(index), 1
-    for table, size, total in reversed(list(zip(tables, sizes, whole, strict=True))):
-        out += table[index % size] * step
-        index, step = index // size, step * total
-    return out
-
-
-def _greatest(y: torch.Tensor, index: torch.Tensor, lines: Sequence[Line]) -> torch.Tensor:
-    """The greatest of the ranks' values, of equal ones that with the smallest position; its owner gets the gradient."""
+def _greatest(y: torch.Tensor, index: torch.Tensor, lines: Sequence[Line]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest of the ranks' values, of equal ones that with the smallest position; its owner gets the gradient.
+    And that position."""
     best, at = y.detach(), index
     for line in lines:
         if not best.numel():
@@ -229,7 +276,7 @@ def _greatest(y: torch.Tensor, index: torch.Tensor, lines: Sequence[Line]) -> to
         best = values.amax(0)
         equal = (values == best) | (values.isnan() & best.isnan())
         at = torch.where(equal, places, _NEVER).amin(0)
-    return torch.where(index == at, y, best)
+    return _Picked.apply(y, index == at, best, lines), at
 
 
 def _with_indices(n: int, input: Any, output_size: Any, return_indices: bool = True) -> Any:

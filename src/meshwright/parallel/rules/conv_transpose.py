@@ -26,6 +26,7 @@ from meshwright.parallel.kernels import memory_format, widened
 from meshwright.parallel.layout import axis_of, local_shape, owned, split_axes
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
+from meshwright.parallel.rules.conv import conv
 from meshwright.plan.geometry import Interval, chunks
 
 
@@ -65,6 +66,7 @@ def conv_transpose(
     ]
     out_shape = (shape[0], weight.shape[1] * groups, *sizes_out)
     local_pad, local_extra, crops = list(padding), list(extra), []
+    exact = True  # on every rank: so that all have the same graph
     for i in range(n):
         dim = i + 2
         axis = axis_of(placements, dim)
@@ -81,19 +83,19 @@ def conv_transpose(
         wanted = tuple(need(out) for out in chunks(sizes_out[i], ranks))
         local = fetch(local, shape[dim], wanted, Line(mesh, axis, dim, cause))
         out, got = owned(mesh, placements, dim, sizes_out[i]), wanted[Line(mesh, axis, dim, cause).me]
+        exact = exact and all(
+            not o.size or (have.size and have.lo * s - p == o.lo and (have.size - 1) * s + r + 1 == o.size)
+            for o, have in zip(chunks(sizes_out[i], ranks), wanted, strict=True)
+        )
         local_pad[i] = local_extra[i] = 0
         crops.append((dim, out, got.lo * s - p))
     local_out = local_shape(mesh, placements, out_shape)
     whole = not crops or all(local.shape[dim] and out.size for dim, out, _ in crops)
     if not whole or not local.numel():
-        y = local.new_zeros(local_out) + (local.sum() + w.sum()) * 0  # nothing here, but part of the graph
-        exact = False
+        one = local.new_zeros((1, local.shape[1], *(1 for _ in range(n)))) + local.narrow(0, 0, 0).sum()
+        made_up = native(one, w, b if exact else None, stride, 0, 0, groups, dilation)
+        y = local.new_zeros(local_out) + made_up.flatten().narrow(0, 0, 0).sum()  # the graph that others have
     else:
-        exact = all(
-            start == out.lo
-            and (local.shape[dim] - 1) * stride[dim - 2] + dilation[dim - 2] * (kernel[dim - 2] - 1) + 1 == out.size
-            for dim, out, start in crops
-        )
         wide: Any = [t.float() if t is not None and widened(local) else t for t in (local, w, b if exact else None)]
         y = native(*wide, stride, local_pad, local_extra, groups, dilation).to(local.dtype)
         y = y.contiguous(memory_format=memory_format(local))  # torch's reference kernel forgets channels_last
@@ -114,3 +116,27 @@ def _crop(y: torch.Tensor, dim: int, start: int, out: Interval) -> torch.Tensor:
         pad = [0, 0] * (y.ndim - 1 - dim) + [max(0, -lo), missing - max(0, -lo)]
         y = F.pad(y, pad)
     return y
+
+
+@function(torch.convolution)
+def convolution(
+    input: Any,
+    weight: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> Any:
+    """The form of torch that is both."""
+    if transposed:
+        return conv_transpose(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    return conv(input, weight, bias, stride, padding, dilation, groups)
+
+
+@function(torch.conv_tbc)
+def conv_tbc(input: Any, weight: Any, bias: Any, pad: int = 0) -> Any:
+    """Convolution over the first dim: [T, B, C] with weights [K, C, F]."""
+    return conv(input.permute(1, 2, 0), weight.permute(2, 1, 0), bias, padding=pad).permute(2, 0, 1)

@@ -27,9 +27,13 @@ _SOURCE: dict[str, Callable[[int, int], int]] = {
 
 
 @lru_cache(maxsize=1024)
-def _sources(mode: str, size: int, before: int, out: Interval) -> tuple[int, ...]:
+def _sources(mode: str, size: int, before: int, after: int, out: Interval) -> tuple[int, ...]:
     """The input position that each output stands for."""
-    return tuple(_SOURCE[mode](at - before, size) for at in range(out.lo, out.hi))
+    first = 0
+    if mode == "circular":  # torch crops first and wraps around what is left; the other modes see the whole input
+        first, size = max(0, -before), size + min(0, before) + min(0, after)
+        before = max(0, before)
+    return tuple(first + _SOURCE[mode](at - before, size) for at in range(out.lo, out.hi))
 
 
 @lru_cache(maxsize=1024)
@@ -47,7 +51,7 @@ def _runs(sources: tuple[int, ...]) -> tuple[Interval, Interval]:
 
 def _padded(local: torch.Tensor, size: int, mode: str, before: int, after: int, line: Line) -> torch.Tensor:
     """This rank's outputs along a split dim."""
-    tables = [_sources(mode, size, before, out) for out in chunks(size + before + after, line.ranks)]
+    tables = [_sources(mode, size, before, after, out) for out in chunks(size + before + after, line.ranks)]
     runs = [_runs(table) for table in tables]
     first = fetch_windows(local, size, [run[0] for run in runs], line)
     parts = [first.narrow(line.dim, 0, runs[line.me][0].size)]
@@ -86,7 +90,7 @@ def pad(input: Any, pad: Sequence[int], mode: str = "constant", value: float | N
             rest[2 * pair] = rest[2 * pair + 1] = 0
     target = space.local_shape(out_shape)
     if 0 in target:
-        local = nothing(local, target, lambda one: one)
+        local = nothing(local, target, lambda one: F.pad(one, [0] * len(pad), mode) if any(rest) else one)
     elif any(rest):
         local = F.pad(local, rest, mode)
     return space.done(local.to(dtype), out_shape)

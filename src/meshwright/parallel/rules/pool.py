@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from meshwright.parallel.functions import function, gathered, tuple_of
-from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing
+from meshwright.parallel.functions import function, tuple_of
+from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, unravelled
 from meshwright.parallel.tensor import wrap
 from meshwright.plan.geometry import Interval, chunks
 
@@ -78,10 +78,11 @@ def _pooled(
     out_shape: Sequence[int],
     grids: Sequence[Grid],
     fill: float,
-    plain: Callable[[torch.Tensor, tuple[int, ...], bool], torch.Tensor],
-) -> torch.Tensor:
-    """This rank's outputs; `plain(window, padding, ceil_mode)` pools a window."""
-    n, before, after = len(grids), [0] * len(grids), [0] * len(grids)
+    plain: Callable[[torch.Tensor, tuple[int, ...], bool], tuple[torch.Tensor, ...]],
+) -> tuple[list[torch.Tensor], list[Interval]]:
+    """This rank's outputs of `plain(window, padding, ceil_mode)`, and where the window lies along each dim (explicit
+    padding is part of it); without outputs there is the first alone."""
+    n, before, after, lows = len(grids), [0] * len(grids), [0] * len(grids), [0] * len(grids)
     target = space.local_shape(out_shape)
     for i, grid in enumerate(grids):
         size, line = space.shape[i + 2], space.line(i + 2)
@@ -89,10 +90,11 @@ def _pooled(
             _, before[i], after[i] = grid.window(Interval(0, out_shape[i + 2]), size)
             continue
         windows = [grid.window(out, size) for out in chunks(out_shape[i + 2], line.ranks)]
-        _, before[i], after[i] = windows[line.me]
+        inside, before[i], after[i] = windows[line.me]
+        lows[i] = inside.lo
         local = fetch_windows(local, size, [window for window, _, _ in windows], line)
     if 0 in target:
-        return nothing(local, target, lambda one: _MAX[n](one, 1))  # autocast treats all pools of n dims alike
+        return [nothing(local, target, lambda one: (_AVG if fill == 0 else _MAX)[n](one, 1))], []
 
     def fits(ceil: bool) -> list[tuple[int, int] | None]:
         return [grid.fit(local.shape[i + 2], before[i], target[i + 2], ceil) for i, grid in enumerate(grids)]
@@ -102,12 +104,15 @@ def _pooled(
     pads = [(0, 0) if fit else (before[i], after[i]) for i, fit in enumerate(chosen)]
     if any(map(any, pads)):
         local = F.pad(local, [end for pair in reversed(pads) for end in pair], value=fill)
-    y = plain(local, tuple(fit[0] if fit else 0 for fit in chosen), ceil)
+    spans = [
+        Interval(lo - pad[0], lo - pad[0] + size) for lo, pad, size in zip(lows, pads, local.shape[2:], strict=True)
+    ]
+    outs = list(plain(local, tuple(fit[0] if fit else 0 for fit in chosen), ceil))
     for i, fit in enumerate(chosen):
         drop = fit[1] if fit else 0
-        if y.shape[i + 2] != target[i + 2]:
-            y = y.narrow(i + 2, drop, target[i + 2])
-    return y
+        if outs[0].shape[i + 2] != target[i + 2]:
+            outs = [y.narrow(i + 2, drop, target[i + 2]) for y in outs]
+    return outs, spans
 
 
 def _grids(n: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[Grid]:
@@ -133,21 +138,34 @@ def max_pool(
     grids = _grids(n, kernel_size, stride, padding, dilation)
     args = tuple(zip(*((g.k, g.s, g.p, g.d) for g in grids), strict=True))
     out_shape = _sizes(_MAX[n], tuple(input.shape), (*args, ceil_mode))
-    if return_indices:  # positions in the whole plane, so the plane must be whole
-        space, local = enter(gathered(input, range(2, n + 2), "max_pool with indices"), "max_pool")
-        y, index = _MAX[n](local, *args, ceil_mode, True)
-        return space.done(y, out_shape), wrap(index, space.mesh, space.placements, out_shape, space.cause.ledger)
     kernel, stride, _, dilation = args
     space, local = enter(input, "max_pool")
-    y = _pooled(
+    outs, spans = _pooled(
         space,
         local,
         out_shape,
         grids,
         -math.inf,
-        lambda window, pads, ceil: _MAX[n](window, kernel, stride, pads, dilation, ceil),
+        lambda window, pads, ceil: _tuple(_MAX[n](window, kernel, stride, pads, dilation, ceil, return_indices)),
     )
-    return space.done(y, out_shape)
+    y = space.done(outs[0], out_shape)
+    if not return_indices:
+        return y
+    index = _positions(outs[1], spans, space, grids) if spans else outs[0].new_empty(outs[0].shape, dtype=torch.int64)
+    return y, wrap(index, space.mesh, space.placements, out_shape, space.cause.ledger)
+
+
+def _tuple(out: Any) -> tuple[torch.Tensor, ...]:
+    return out if isinstance(out, tuple) else (out,)
+
+
+def _positions(index: torch.Tensor, spans: Sequence[Interval], space: Space, grids: Sequence[Grid]) -> torch.Tensor:
+    """Raster positions within a window as those in the whole space."""
+    places = []
+    for place, span, grid in zip(unravelled(index, [span.size for span in spans]), spans, grids, strict=True):
+        at = place + span.lo  # where all is -inf it may be padding: torch names the first tap inside
+        places.append(torch.where(at < 0, at % grid.d, at) if span.lo < 0 else at)
+    return raster(places, space.shape[2:])
 
 
 def _average(
@@ -189,8 +207,13 @@ def avg_pool(
     out_shape = _sizes(_AVG[n], tuple(input.shape), (kernel, strides, pads, *options))
     space, local = enter(input, "avg_pool")
     divisor = divisor_override or math.prod(kernel)
-    y = _pooled(
-        space, local, out_shape, grids, 0.0, lambda window, p, ceil: _average(window, kernel, strides, p, ceil, divisor)
+    (y, *_), _ = _pooled(
+        space,
+        local,
+        out_shape,
+        grids,
+        0.0,
+        lambda window, p, ceil: (_average(window, kernel, strides, p, ceil, divisor),),
     )
     if not divisor_override and y.numel():
         y = _scaled(space, y, out_shape, grids, count_include_pad)

@@ -19,8 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from meshwright.parallel.exchange import Fetch, Line
-from meshwright.parallel.functions import function, gathered
+from meshwright.parallel.functions import function
 from meshwright.parallel.rules.adaptive import adaptive_avg_pool
+from meshwright.parallel.rules.weighted import weighted
 from meshwright.parallel.rules.windows import Space, enter, nothing
 from meshwright.plan.geometry import Interval, chunks
 
@@ -173,13 +174,6 @@ def _outputs(input: Any, size: Any, scale_factor: Any, recompute: bool | None) -
     return sizes, factors
 
 
-def _gathered(input: Any, mode: str, options: dict[str, Any]) -> Any:
-    """Modes without a split form, on the whole plane."""
-    space, local = enter(gathered(input, range(2, input.ndim), f"interpolate mode={mode}"), "interpolate")
-    y = F.interpolate(local, mode=mode, **options)
-    return space.done(y, (*space.shape[:2], *y.shape[2:]))
-
-
 @function(F.interpolate)
 def interpolate(
     input: Any,
@@ -190,17 +184,13 @@ def interpolate(
     recompute_scale_factor: bool | None = None,
     antialias: bool = False,
 ) -> Any:
-    """Resampling to `size`, or by `scale_factor`. Bicubic, lanczos and antialias are gathered; area is adaptive.
-
-    Raises `StrictError` where gathering is forbidden.
-    """
+    """Resampling to `size`, or by `scale_factor`. Area is adaptive; bicubic and antialias are in `weighted`."""
     n = input.ndim - 2
     if mode in ("nearest", "nearest-exact", "area") and align_corners is not None:
         raise ValueError(f"interpolate: align_corners has no meaning for mode={mode!r}")
     linear = mode == _MODES.get(n)
     if antialias or not (linear or mode in ("nearest", "nearest-exact", "area")):
-        options = {"size": size, "scale_factor": scale_factor, "align_corners": align_corners, "antialias": antialias}
-        return _gathered(input, mode, options | {"recompute_scale_factor": recompute_scale_factor})
+        return weighted(input, size, scale_factor, mode, align_corners, recompute_scale_factor, antialias)
     sizes, factors = _outputs(input, size, scale_factor, recompute_scale_factor)
     if mode == "area":
         return adaptive_avg_pool(n, input, sizes)

@@ -63,6 +63,27 @@ def result_dtype(local: torch.Tensor, plain: Callable[[torch.Tensor], torch.Tens
 
 
 def nothing(local: torch.Tensor, shape: Sequence[int], plain: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """A result of `shape` without elements that hangs on the graph of `local`, so that this rank takes part in the
-    exchanges of backward; with the dtype of `plain`."""
-    return local.narrow(0, 0, 0).reshape(tuple(shape)).to(result_dtype(local, plain))
+    """A result of `shape` without elements: `plain` of one made-up element, of which nothing is taken.
+
+    So the graph of this rank has the operators that those of the others have, and the first and second backward reach
+    the same exchanges on all of them.
+    """
+    one = local.new_zeros((1,) * local.ndim) + local.narrow(0, 0, 0).sum().to(local.dtype)
+    return plain(one).narrow(0, 0, 0).reshape(tuple(shape))
+
+
+def raster(places: Sequence[torch.Tensor], whole: Sequence[int]) -> torch.Tensor:
+    """Positions along each dim as raster positions in the `whole` space."""
+    out = places[0]
+    for place, size in zip(places[1:], whole[1:], strict=True):
+        out = out * size + place
+    return out
+
+
+def unravelled(index: torch.Tensor, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """Raster positions within `sizes` as positions along each dim."""
+    places = []
+    for size in reversed(sizes[1:]):
+        places.append(index % size)
+        index = index // size
+    return [index, *reversed(places)]
