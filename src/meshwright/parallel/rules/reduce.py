@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_gather_stack, all_reduce
-from meshwright.parallel.layout import Placements, local_shape, moved, owned, splits
+from meshwright.parallel.layout import Placements, local_shape, moved, splits
 from meshwright.parallel.operators import cause_of, fallback, operator, placed
 from meshwright.parallel.tensor import wrap
 
@@ -77,6 +77,15 @@ def sum_(func: Any, args: Any, kwargs: Any) -> Any:
     return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args)) if r.axes else local)
 
 
+@operator(aten.nansum.default)
+def nansum(func: Any, args: Any, kwargs: Any) -> Any:
+    """Local sums of what is a number, added up."""
+    a = arguments(func, args, kwargs)
+    r = Reduction(a["self"], a["dim"], a["keepdim"])
+    local = aten.nansum.default(r.local, r.dims, a["keepdim"], dtype=a["dtype"])
+    return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args)) if r.axes else local)
+
+
 @operator(aten.mean.default, aten.mean.dim)
 def mean(func: Any, args: Any, kwargs: Any) -> Any:
     """The global sum over the global count; half precision is summed in fp32."""
@@ -90,31 +99,30 @@ def mean(func: Any, args: Any, kwargs: Any) -> Any:
     return r.done((all_reduce(total, r.mesh, r.axes, cause_of(func, args)) / r.count).to(dtype))
 
 
-def _lowest(dtype: torch.dtype) -> Any:
+def lowest(dtype: torch.dtype) -> Any:
     if dtype == torch.bool:
         return False
     return -math.inf if dtype.is_floating_point else torch.iinfo(dtype).min
 
 
-def _highest(dtype: torch.dtype) -> Any:
+def highest(dtype: torch.dtype) -> Any:
     if dtype == torch.bool:
         return True
     return math.inf if dtype.is_floating_point else torch.iinfo(dtype).max
 
 
-@operator(aten.amax.default, aten.amin.default, aten.max.default, aten.min.default)
-def extreme(func: Any, args: Any, kwargs: Any) -> Any:
-    """The largest (smallest) of the ranks' own."""
-    a = arguments(func, args, kwargs)
-    r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
-    if not r.axes:
-        return r.done(func(r.local, *args[1:], **kwargs))
-    largest = func in (aten.amax.default, aten.max.default)
-    if r.empty_here():
-        local = r.local.new_full(r.local_out_shape(), (_lowest if largest else _highest)(r.local.dtype))
-    else:
-        local = (torch.amax if largest else torch.amin)(r.local, r.dims, keepdim=a.get("keepdim", False))
-    return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args), "max" if largest else "min"))
+def extreme_over_ranks(
+    local: torch.Tensor, mesh: DeviceMesh, axes: Sequence[int], cause: Cause, largest: bool
+) -> torch.Tensor:
+    """The largest (smallest) of the ranks' values; NaN wins, as on one device (backends compare it away)."""
+    kind = "max" if largest else "min"
+    if not local.is_floating_point():
+        return all_reduce(local, mesh, axes, cause, kind)
+    bad = local.isnan()
+    sign = 1.0 if largest else -1.0
+    both = torch.stack([local.masked_fill(bad, -sign * math.inf), bad.to(local.dtype) * sign])
+    value, flag = all_reduce(both, mesh, axes, cause, kind).unbind(0)
+    return value.masked_fill(flag != 0, math.nan)
 
 
 @operator(aten.any.default, aten.any.dim, aten.any.dims, aten.all.default, aten.all.dim, aten.all.dims)
@@ -197,44 +205,11 @@ def vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
             local = r.local.new_full(r.local_out_shape(), 0.0 if order > 0 else math.inf)
         else:
             local = func(r.local, order, r.dims, a["keepdim"], dtype=a["dtype"])
-        return r.done(all_reduce(local, r.mesh, r.axes, cause, "max" if order > 0 else "min"))
+        return r.done(extreme_over_ranks(local, r.mesh, r.axes, cause, order > 0))
     local = func(r.local, order, r.dims, a["keepdim"], dtype=a["dtype"])
     if order == 0:
         return r.done(all_reduce(local, r.mesh, r.axes, cause))
     return r.done(all_reduce(local**order, r.mesh, r.axes, cause) ** (1 / order))
-
-
-@operator(aten.max.dim, aten.min.dim, aten.argmax.default, aten.argmin.default)
-def extreme_position(func: Any, args: Any, kwargs: Any) -> Any:
-    """Values and global positions; among equals the first position, as on one device."""
-    a = arguments(func, args, kwargs)
-    dim, keepdim = a["dim"], a["keepdim"]
-    r = Reduction(a["self"], dim, keepdim)
-    pair = func in (aten.max.dim, aten.min.dim)
-    if dim is None:
-        return NotImplemented if r.axes else r.done(func(r.local, *args[1:], **kwargs))
-    if not r.axes:
-        out = func(r.local, *args[1:], **kwargs)
-        return tuple(r.done(o) for o in out) if pair else r.done(out)
-    (dim,) = r.dims
-    (axis,) = r.axes
-    largest = func in (aten.max.dim, aten.argmax.default)
-    cause, start = cause_of(func, args), owned(r.mesh, r.placements, dim, r.shape[dim]).lo
-    if r.empty_here():
-        shape = [1 if d == dim else size for d, size in enumerate(r.local.shape)]
-        values = r.local.new_full(shape, (_lowest if largest else _highest)(r.local.dtype))
-        indices = torch.full(shape, torch.iinfo(torch.int64).max, device=r.local.device)
-    else:
-        values, indices = (torch.max if largest else torch.min)(r.local, dim, keepdim=True)
-        indices = indices + start
-    values = all_gather_stack(values, r.mesh, axis, cause)
-    indices = all_gather_stack(indices, r.mesh, axis, cause)
-    best = (torch.amax if largest else torch.amin)(values, 0)
-    hit = (values == best) | values.isnan() if values.is_floating_point() else values == best
-    index = indices.masked_fill(~hit, torch.iinfo(torch.int64).max).amin(0)
-    if not keepdim:
-        best, index = best.squeeze(dim), index.squeeze(dim)
-    return (r.done(best), r.done(index)) if pair else r.done(index)
 
 
 @operator(aten._softmax.default, aten._log_softmax.default)
@@ -250,7 +225,7 @@ def softmax(func: Any, args: Any, kwargs: Any) -> Any:
     out_dtype = torch.float32 if half_to_float else r.local.dtype
     (dim,) = r.dims
     here = wide.amax(dim, keepdim=True) if not r.empty_here() else wide.new_full(r.local_out_shape(), -math.inf)
-    top = all_reduce(here, r.mesh, r.axes, cause, "max")
+    top = all_reduce(here, r.mesh, r.axes, cause, "max")  # NaN comes back with the sum
     shifted = wide - top
     total = all_reduce(shifted.exp().sum(dim, keepdim=True), r.mesh, r.axes, cause)
     out = shifted.exp() / total if func is aten._softmax.default else shifted - total.log()

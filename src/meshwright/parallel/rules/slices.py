@@ -15,9 +15,10 @@ from meshwright.parallel.comm import Cause
 from meshwright.parallel.copies import Copied, remember, writer
 from meshwright.parallel.layout import axis_of, local_shape, moved, owned
 from meshwright.parallel.mesh import sizes
-from meshwright.parallel.operators import cause_of, operator
+from meshwright.parallel.operators import cause_of, operator, placed
 from meshwright.parallel.rules.common import fetch_chunks, parts
-from meshwright.parallel.tensor import wrap
+from meshwright.parallel.rules.pointwise import cut
+from meshwright.parallel.tensor import is_mesh, wrap
 from meshwright.plan.geometry import Interval, chunks
 
 aten = torch.ops.aten
@@ -155,3 +156,28 @@ def split(func: Any, args: Any, kwargs: Any) -> Any:
         out.append(slice_(aten.slice.Tensor, (x, dim, lo, lo + width), {}))
         lo += width
     return out
+
+
+@operator(aten.slice_scatter.default, aten.select_scatter.default)
+def slice_scatter(func: Any, args: Any, kwargs: Any) -> Any:
+    """A copy with one slice (or position) replaced."""
+    x, source = args[:2]
+    if not is_mesh(x):
+        return NotImplemented
+    cause = cause_of(func, args)
+    mesh, placements, shape = parts(x)
+    whole = wrap(x._local_tensor.clone(), mesh, placements, shape, x._ledger)
+    if func is aten.slice_scatter.default:
+        named = dict(zip(("dim", "start", "end", "step"), args[2:], strict=False)) | kwargs
+        dim, start, end, step = (named.get(key, default) for key, default in _SLICE)
+        piece = slice_(aten.slice.Tensor, (whole, dim, start, end, step), {})
+    else:
+        piece = select(aten.select.int, (whole, *args[2:]), kwargs)
+    target = tuple(piece._spec.placements)
+    piece._local_tensor.copy_(placed(source, target, cause) if is_mesh(source) else cut(source, target, mesh))
+    if piece._source is not None:
+        piece._source.write(0)
+    return whole
+
+
+_SLICE = (("dim", 0), ("start", None), ("end", None), ("step", 1))
