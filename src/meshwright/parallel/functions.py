@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshwright.errors import StrictError
 from meshwright.parallel.account import layer, totals
 from meshwright.parallel.comm import Cause
-from meshwright.parallel.layout import REPLICATE, Placements, replicated, splits
+from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.redistribute import from_local, redistribute
 from meshwright.parallel.tensor import FUNCTIONS, is_mesh, ledger_of, wrap
 
@@ -47,8 +47,10 @@ def mesh_of(*values: Any) -> DeviceMesh:
 
 
 def placements_of(x: Any) -> Placements:
-    """The placements as a plain tuple."""
-    return tuple(x._spec.placements)
+    """The placements of what `to_local` gives, which adds summands up first."""
+    placements = tuple(x._spec.placements)
+    axes = partial_axes(placements)
+    return tuple(REPLICATE if axis in axes else p for axis, p in enumerate(placements)) if axes else placements
 
 
 def cause_for(op: str, *values: Any) -> Cause:
