@@ -96,7 +96,7 @@ class Standardize(Function):
             return None, d_weight, d_bias, None, None, None, None, None, None
         if weight is not None:
             w = weight.to(wide)
-            g, product = g * w, product.mul_(w)
+            g, product = g * w, product * w  # not in place: where nothing was summed, `product` is d_weight
         sums = torch.stack([g.sum(dims, keepdim=True), product.sum(dims, keepdim=True)])
         first, second = all_reduce(sums, mesh, axes, cause) / max(1, count)
         d_x = normal.mul_(-second).add_(g).sub_(first).mul_(rstd)
