@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshwright.errors import StrictError
+from meshwright.errors import StrictError, UnsupportedError
 from meshwright.parallel.account import layer, totals
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
@@ -35,6 +35,11 @@ def as_mesh(value: Any, mesh: DeviceMesh) -> Any:
     """A plain tensor as a mesh tensor, equal on every rank; differentiable. Mesh tensors as they are."""
     if value is None or is_mesh(value):
         return value
+    if torch._C._functorch.is_functorch_wrapped_tensor(value):
+        raise UnsupportedError(
+            f"torch.func (grad, vjp, jvp, vmap ...) of layer {layer()!r}: these transforms do not see exchanges "
+            "between ranks. torch.autograd.grad(..., create_graph=True) gives the same gradients, of any order"
+        )
     placements = replicated(mesh)
     if value.requires_grad:
         return from_local(value, mesh, placements, tuple(value.shape))

@@ -131,6 +131,13 @@ class _ToLocal(Function):
         mesh, shape, ledger = ctx.source
         return _FromLocal.apply(grad, mesh, ctx.placements, shape, ledger), None
 
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise UnsupportedError(
+            f"layer {layer()!r}: dual numbers (forward AD) do not pass exchanges between ranks. "
+            "torch.autograd.functional.jvp gives the same by two backward passes"
+        )
+
 
 def to_local(x: Any, grad_axes: tuple[int, ...] = ()) -> torch.Tensor:
     """This rank's part as a plain tensor. Along `grad_axes` ranks compute on different data with a replicated `x`,

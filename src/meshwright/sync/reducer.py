@@ -115,7 +115,14 @@ class Reducer:
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpoint recomputes within a backward whose buckets are under way
         found: list[Any] = [
-            p for p in module.parameters() if p.requires_grad and is_mesh(p) and id(p) not in self._place
+            p
+            for p in module.parameters()
+            if p.requires_grad
+            and is_mesh(p)
+            and id(p) not in self._place
+            # not what `functional_call` puts in their place for one call
+            and isinstance(p, torch.nn.Parameter)
+            and p.is_leaf
         ]
         nbytes = BUCKET_BYTES
         for p in reversed(found):
