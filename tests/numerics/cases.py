@@ -6,14 +6,17 @@ from functools import lru_cache
 
 import cases_conv
 import cases_corners
+import cases_dimwise
 import cases_indices
 import cases_loss
 import cases_norm
+import cases_pad
 import cases_pool
 import cases_random
 import cases_reduce
 import cases_sampling
 import cases_shape
+import cases_weights
 import scenarios
 from harness import Case, plan_of
 from harness_driver import Key, run_keys
@@ -27,9 +30,12 @@ OPERATIONS: list[Case] = [
     *cases_reduce.CASES,
     *cases_random.CASES,
     *cases_corners.CASES,
+    *cases_dimwise.CASES,
     *cases_indices.CASES,
     *cases_loss.CASES,
     *cases_sampling.CASES,
+    *cases_weights.CASES,
+    *cases_pad.CASES,
 ]
 KEYS: list[Key] = [(case.name, plan) for case in [*OPERATIONS, *scenarios.SCENARIOS] for plan in case.all_plans()]
 

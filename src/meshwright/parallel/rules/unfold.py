@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.tensor import Shard
 
 from meshwright.parallel.exchange import Fetch, Line, Return
-from meshwright.parallel.functions import function, tuple_of
-from meshwright.parallel.layout import axis_of, local_shape
+from meshwright.parallel.functions import cause_for, function, placements_of, tuple_of
+from meshwright.parallel.layout import REPLICATE, axis_of, local_shape, with_axis
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.operators import cause_of, operator
+from meshwright.parallel.redistribute import redistribute
 from meshwright.parallel.rules.common import parts
 from meshwright.parallel.tensor import is_mesh, wrap
 from meshwright.plan.geometry import Interval, chunks
@@ -74,6 +76,18 @@ def unfold_backward(func: Any, args: Any, kwargs: Any) -> Any:
     return wrap(out, mesh, placements, shape, grad._ledger)
 
 
+def _rows_first(x: Any) -> Any:
+    """Windows are numbered row by row, so a split of columns moves (all-to-all) before the kernel multiplies the data:
+    to the rows, or to the channels where the rows are split too."""
+    placements = placements_of(x)
+    axis = axis_of(placements, 3)
+    if axis is None:
+        return x
+    free = next((dim for dim in (2, 1, 0) if axis_of(placements, dim) is None and x.shape[dim] > 1), None)
+    target = REPLICATE if free is None else Shard(free)
+    return redistribute(x, with_axis(placements, axis, target), cause_for("unfold", x))
+
+
 @function(F.unfold)
 def columns(input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, stride: Any = 1) -> Any:
     """[N, C, H, W] → [N, C·kh·kw, windows], as padding, two `unfold`s and a reshape."""
@@ -82,7 +96,8 @@ def columns(input: Any, kernel_size: Any, dilation: Any = 1, padding: Any = 0, s
     k, d, p, s = (tuple_of(v, 2) for v in (kernel_size, dilation, padding, stride))
     if min(k + d + s) < 1 or min(p) < 0:
         return NotImplemented
-    x = F.pad(input, (p[1], p[1], p[0], p[0])) if any(p) else input
+    x = _rows_first(input)
+    x = F.pad(x, (p[1], p[1], p[0], p[0])) if any(p) else x
     for i in (0, 1):
         x = x.unfold(2 + i, d[i] * (k[i] - 1) + 1, s[i])
     x = x[..., :: d[0], :: d[1]]  # [N, C, h, w, kh, kw]
