@@ -38,6 +38,7 @@ class Record:
     limit_bytes: int = -1  # -1: not bounded
     failure: str = ""
     seconds: float = 0.0
+    note: str = ""  # how the answer was found, where that is counted (programs)
 
 
 def verdict(records: Sequence[Record]) -> str:

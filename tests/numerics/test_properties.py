@@ -18,7 +18,7 @@ from drawn_strategies import SHARES, cases, family_cases
 from harness import plan_of
 from harness_driver import Key, Record, run_all, verdict
 
-ORDINARY = {2: 140, 3: 110, 4: 190, 8: 60}
+ORDINARY = {2: 150, 3: 110, 4: 200, 8: 40}
 FULL = 10  # times as many
 SHOWN = 3  # failing cases that are made smaller
 
