@@ -137,6 +137,18 @@ class Recurrent(nn.Module):
         return self.cell(x.transpose(1, 2))[0]
 
 
+def fractional(x: Tensor) -> Any:
+    """Pooling whose windows begin where the given draws say."""
+    draws = torch.linspace(0, 0.99, x.shape[0] * x.shape[1] * 2, dtype=x.dtype).view(*x.shape[:2], 2)
+    return F.fractional_max_pool2d(x, 2, (5, 6), return_indices=True, _random_samples=draws)
+
+
+def labelled(x: Tensor) -> Tensor:
+    """CTC: every step of time meets every label."""
+    labels = torch.tensor([[1, 2, 1], [3, 1, 2]])
+    return F.ctc_loss(x.movedim(2, 0).log_softmax(2), labels, torch.tensor([21, 19]), torch.tensor([3, 2]))
+
+
 FALLBACKS = [
     gap("cumsum", lambda x: x.cumsum(2), X3, must_refuse=("d4", "d2h2", "n2d2")),
     gap("cumprod", lambda x: x.cumprod(-1), X2),
@@ -188,6 +200,8 @@ FALLBACKS = [
     gap("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), X2),
     gap("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), Input((2, 4, 10, 12))),
     gap("pairwise", lambda x: torch.cdist(x[:, 0], x[:, 1]), X2),
+    gap("ctc", labelled, X1),
+    gap("fractional_max_pool", fractional, X2, must_refuse=FOUR[4]),
     gap("trapezoid", lambda x: torch.trapezoid(x, dim=2), X2),
     gap("einsum_split", lambda x: torch.einsum("nchw,ndhw->ncd", x, x), X2),
     gap("einsum_outer", lambda x: torch.einsum("nch,nck->nhk", x, x), X1),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from harness import Case, Input
 from harness_bounds import Bound
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 SIZES = {1: (3, 4, 21), 2: (2, 4, 11, 13), 3: (3, 4, 9, 10, 7)}
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -48,6 +50,40 @@ def group(name: str, shape: tuple[int, ...], groups: int, **o: Any) -> Case:
     )
 
 
+class Sync(nn.Module):
+    """torch's own forward refuses CPUs in a distributed job, so the reference is the batch norm of the same module."""
+
+    def __init__(self, channels: int, **options: Any) -> None:
+        super().__init__()
+        self.norm = used(nn.SyncBatchNorm(channels, **options))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x) if isinstance(x, DTensor) else nn.BatchNorm1d.forward(self.norm, x)
+
+
+def sync(name: str, ndim: int, *, shape: tuple[int, ...] = (), case: dict[str, Any] | None = None, **o: Any) -> Case:
+    size = shape or SIZES[ndim]
+    bound = Bound() if case and case.get("training") is False else PER_CHANNEL
+    return Case(f"sync_batch_norm{ndim}d_{name}", lambda: Sync(size[1], **o), (Input(size),), bound, **(case or {}))
+
+
+def trailing(kind: type[nn.Module], ndim: int, count: int, name: str = "", **o: Any) -> Case:
+    """A norm over the last `count` dims, split or not: two sums for each of the other positions."""
+    size = SIZES[ndim]
+    rest = math.prod(size[: len(size) - count])
+    make = lambda: used(kind(size[len(size) - count :], **o))  # noqa: E731
+    word = "layer_norm" if kind is nn.LayerNorm else "rms_norm"
+    bound = Bound(statistics=lambda shapes: 4 * rest + 4)
+    return Case(f"{word}{ndim}d_last_{count}{name}", make, (Input(size),), bound)
+
+
+def offset(name: str, make: Any, mean: float) -> Case:
+    """fp32 inputs far from zero: no worse than a few times plain torch."""
+    word = f"{name}_fp32_offset_{mean:g}"
+    inputs = (Input(SIZES[2], offset=mean),)
+    return Case(word, make, inputs, PER_SAMPLE, dtype=torch.float32, against_plain=3.0)
+
+
 class ChannelsLastNorm(nn.Module):
     """Layer norm over channels, as ConvNeXt writes it."""
 
@@ -81,6 +117,16 @@ CASES = [
         dtype=torch.float32,
         against_plain=3.0,
     ),
+    sync("train", 1, case={"steps": 3}),
+    sync("train", 2, case={"steps": 3}),
+    sync("train", 3, case={"steps": 3, "sample": True}),
+    sync("eval", 3, case={"training": False}),
+    sync("cumulative", 2, momentum=None, case={"steps": 3}),
+    sync("plain", 3, affine=False),
+    sync("untracked", 2, track_running_stats=False),
+    sync("features", 1, shape=(6, 5), case={"plans": ("n4",)}),
+    batch("cumulative_plain", 1, momentum=None, affine=False, case={"steps": 3}),
+    batch("cumulative_eval", 3, momentum=None, case={"training": False}),
     group("1d", (3, 4, 21), 2),
     group("2d", (2, 6, 11, 13), 3),
     group("3d", (3, 4, 9, 10, 7), 2),
@@ -109,4 +155,28 @@ CASES = [
         (Input((2, 4, 11, 13)),),
         PER_SAMPLE,
     ),
+    instance("plain", 2),
+    instance("tracked_plain", 1, track_running_stats=True),
+    instance("tracked", 2, affine=True, track_running_stats=True, momentum=0.3),
+    Case(
+        "instance_norm3d_tracked_eval",
+        lambda: used(nn.InstanceNorm3d(4, affine=True, track_running_stats=True)),
+        (Input(SIZES[3]),),
+        Bound(),
+        training=False,
+    ),
+    *(trailing(nn.LayerNorm, ndim, count) for ndim in (1, 2, 3) for count in range(1, ndim + 2)),
+    *(trailing(nn.RMSNorm, ndim, count) for ndim in (1, 2, 3) for count in range(1, ndim + 2)),
+    trailing(nn.LayerNorm, 3, 2, "_nobias", bias=False),
+    trailing(nn.LayerNorm, 3, 4, "_plain", elementwise_affine=False),
+    trailing(nn.RMSNorm, 3, 3, "_plain", elementwise_affine=False, eps=1e-3),
+    *(
+        Case(f"local_response_norm{n}d", lambda: nn.LocalResponseNorm(3, 1e-2, 0.7, 1.5), (Input(SIZES[n]),), Bound())
+        for n in (1, 2, 3)
+    ),
+    offset("group_norm", lambda: nn.GroupNorm(2, 4), 1e4),
+    offset("instance_norm", lambda: nn.InstanceNorm2d(4), 1e4),
+    offset("layer_norm_space", lambda: nn.LayerNorm((11, 13)), 1e4),
+    offset("layer_norm_all", lambda: nn.LayerNorm((4, 11, 13)), 1e4),
+    offset("rms_norm", lambda: nn.RMSNorm((11, 13)), 1e4),
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import nn
 SIZES = {1: (3, 4, 21), 2: (2, 4, 11, 13), 3: (3, 4, 9, 10, 7)}
 MAX = {1: nn.MaxPool1d, 2: nn.MaxPool2d, 3: nn.MaxPool3d}
 AVERAGE = {1: nn.AvgPool1d, 2: nn.AvgPool2d, 3: nn.AvgPool3d}
+LP = {1: nn.LPPool1d, 2: nn.LPPool2d, 3: nn.LPPool3d}
 ADAPTIVE = {
     ("avg", 1): nn.AdaptiveAvgPool1d,
     ("avg", 2): nn.AdaptiveAvgPool2d,
@@ -30,6 +32,14 @@ def pool(
     stage = conv(ndim, k, o.get("stride") or k, o.get("padding", 0), o.get("dilation", 1), o.get("ceil_mode", False))
     inputs = (Input(shape or SIZES[ndim]),)
     return Case(f"{kind}_pool{ndim}d_{name}", lambda: table[ndim](k, **o), inputs, Bound((stage,)), sample=sample)
+
+
+def lp(name: str, ndim: int, p: float, ceil: bool) -> Case:
+    """Power-average pooling of positive values."""
+    make = lambda: LP[ndim](p, 3, 2, ceil_mode=ceil)  # noqa: E731
+    return Case(
+        f"lp_pool{ndim}d_{name}", make, (Input(SIZES[ndim], offset=6.0),), Bound((conv(ndim, 3, 2, ceil=ceil),))
+    )
 
 
 def adapt(kind: str, ndim: int, out: tuple[int, ...], shape: tuple[int, ...] = (), sample: bool = False) -> Case:
@@ -74,6 +84,14 @@ CASES = [
     pool("avg", "k3_s2_p1", 3, 3, stride=2, padding=1, sample=True),
     pool("avg", "k3_s1_p1_excluded", 3, 3, stride=1, padding=1, count_include_pad=False),
     pool("avg", "k4_s3_ceil_divisor", 3, 4, stride=3, ceil_mode=True, divisor_override=5),
+    pool("max", "k1_s5_gap", 1, 1, stride=5),
+    pool("max", "k4x2_s1x5_p2x1_d1x3", 2, (4, 2), stride=(1, 5), padding=(2, 1), dilation=(1, 3)),
+    pool("max", "k2_s3_ceil_small", 3, 2, stride=3, padding=1, ceil_mode=True, shape=(2, 3, 3, 5, 2)),
+    pool("avg", "k4_s3_p2_ceil", 1, 4, stride=3, padding=2, ceil_mode=True, count_include_pad=False),
+    pool("avg", "k4x1_s1x4", 2, (4, 1), stride=(1, 4), padding=(2, 0), divisor_override=7),
+    pool("avg", "k2_s4_ceil_small", 3, 2, stride=4, padding=1, ceil_mode=True, shape=(2, 3, 3, 5, 2)),
+    *(lp(f"p{p:g}_k3_s2{'_ceil' * ceil}", n, p, ceil) for n in (1, 2, 3) for p, ceil in ((2, False), (3, True))),
+    lp("pinf", 2, math.inf, False),
     adapt("avg", 1, (1,)),
     adapt("avg", 1, (5,)),
     adapt("avg", 2, (1, 1), sample=True),
