@@ -60,6 +60,7 @@ POINTWISE |= {
         "log_sigmoid_forward": "default",
         "log_sigmoid_backward": "default",
         "_prelu_kernel": "default",
+        "_prelu_kernel_backward": "default",
         "leaky_relu": "default",  # from here on: tagged by torch 2.13, not yet by 2.11
         "leaky_relu_": "default",
         "celu_": "default",
