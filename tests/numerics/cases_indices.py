@@ -125,6 +125,16 @@ CASES = [
         lambda: Call(lambda x: F.max_unpool2d(*F.max_pool2d(x[0], 2, return_indices=True), 2, output_size=x.shape[2:])),
         (Input(SIZES[2]),),
     ),
+    Case(
+        "max_unpool2d_of_adaptive",
+        lambda: Call(lambda x: F.max_unpool2d(*F.adaptive_max_pool2d(x, (4, 4), True), (3, 4), output_size=(11, 13))),
+        (Input(SIZES[2]),),
+    ),
+    Case(
+        "max_unpool2d_anywhere",
+        lambda: Call(lambda x, where: F.max_unpool2d(x, where, 2)),
+        (Input(SIZES[2]), Input(SIZES[2], kind="classes", classes=22 * 26)),
+    ),
     Case("segnet2d", lambda: SegNet(2), (Input(SIZES[2]),), sample=True),
     Case("segnet3d", lambda: SegNet(3), (Input(SIZES[3]),), sample=True),
     Case(

@@ -118,6 +118,11 @@ def outside(x: Tensor) -> Any:
     return F.grid_sample(x, grid + 3, align_corners=False), F.grid_sample(x, grid[:, :2] * 0.1, align_corners=False)
 
 
+def one_sample(x: Tensor) -> Tensor:
+    """All points at one place, and ranks without a sample."""
+    return F.grid_sample(x, x.new_full((1, 5, 6, 2), 0.3), align_corners=True)
+
+
 def shuffle(name: str, up: bool, shape: tuple[int, ...], r: int) -> Case:
     call = Call(lambda x: (F.pixel_shuffle if up else F.pixel_unshuffle)(x, r))
     stage = transposed(2, r, r) if up else conv(2, r, r)
@@ -135,7 +140,11 @@ CASES = [
     *resizes("bicubic", False),
     *resizes("bilinear", True),
     *resizes("bicubic", True),
-    resize("lanczos_down", "lanczos", (6, 7), size=(6, 7), antialias=True),
+    *(
+        [resize("down", "lanczos", (6, 7), size=(6, 7), antialias=True)]
+        if "lanczos" in (F.interpolate.__doc__ or "")
+        else []
+    ),
     Case(
         "upsample_bicubic", lambda: nn.Upsample(scale_factor=2, mode="bicubic", align_corners=True), (Input(SIZES[2]),)
     ),
@@ -162,6 +171,12 @@ CASES = [
             Bound(whole=True, statistics=lambda s: 3000),
         )
         for n in (2, 3)
+    ),
+    Case("grid_sample2d_one_sample", lambda: Call(one_sample), (Input((1, 4, 11, 13)),), plans=("h2w2", "n2h2", "n4")),
+    Case(
+        "grid_sample2d_whole_image",
+        lambda: Call(lambda grid, image: F.grid_sample(image, grid.movedim(1, -1).tanh(), align_corners=True)),
+        (Input((2, 2, 11, 13)), Input((2, 3, 6, 7), plain=True)),
     ),
     Case("grid_sample2d_outside", lambda: Call(outside), (Input(SIZES[2]),), Bound((conv(2, 9, 1, 4),), whole=True)),
 ]
