@@ -13,7 +13,7 @@ from meshwright.parallel.operators import cause_of, fallback, operator, placed
 from meshwright.parallel.rules.common import parts, positive
 from meshwright.parallel.rules.pointwise import common_layout, to_parts
 from meshwright.parallel.rules.slices import slice_
-from meshwright.parallel.tensor import is_mesh, wrap
+from meshwright.parallel.tensor import is_mesh, like, wrap
 from meshwright.plan.geometry import Interval, chunks
 
 aten = torch.ops.aten
@@ -135,4 +135,4 @@ def roll(func: Any, args: Any, kwargs: Any) -> Any:
             tail = slice_(aten.slice.Tensor, (x, dim, at, size), {})
             head = slice_(aten.slice.Tensor, (x, dim, 0, at), {})
             x = cat(aten.cat.default, ([tail, head], dim), {})
-    return x
+    return x if x is not args[0] else like(x._local_tensor.clone(), x)  # a shift by nothing is still a copy

@@ -251,9 +251,11 @@ def group_norm(
     if shape[1] % num_groups:
         raise RuntimeError(f"group_norm: {shape[1]} channels are not divisible by num_groups={num_groups}")
     cause, axes = cause_for("group_norm", x, weight), split_axes(placements)
+    if shape[0] * (shape[1] // num_groups) * math.prod(shape[2:]) == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     if not any(dim >= 2 for _, dim in splits(placements)):
         w, b = (None if v is None else to_local(v, axes) for v in (weight, bias))
-        y = F.group_norm(to_local(x), num_groups, w, b, eps)
+        y = torch.group_norm(to_local(x), num_groups, w, b, eps)  # without the check, which is for the whole batch
         return from_local(y, mesh, placements, shape, cause.ledger)
     per = shape[1] // num_groups
     grouped = x.unflatten(1, (num_groups, per))
