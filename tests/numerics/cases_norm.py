@@ -9,7 +9,6 @@ import torch
 from harness import Case, Input
 from harness_bounds import Bound
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 SIZES = {1: (3, 4, 21), 2: (2, 4, 11, 13), 3: (3, 4, 9, 10, 7)}
 BATCH = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -58,7 +57,7 @@ class Sync(nn.Module):
         self.norm = used(nn.SyncBatchNorm(channels, **options))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x) if isinstance(x, DTensor) else nn.BatchNorm1d.forward(self.norm, x)
+        return self.norm(x) if hasattr(x, "full_tensor") else nn.BatchNorm1d.forward(self.norm, x)
 
 
 def sync(name: str, ndim: int, *, shape: tuple[int, ...] = (), case: dict[str, Any] | None = None, **o: Any) -> Case:
