@@ -146,9 +146,10 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
             return like(func(args[0]._local_tensor, other, **kwargs), args[0])
     elif func is aten.copy_.default:
         old, source = args[0], args[1]  # reached only where autograd accumulates (see operators.accumulates)
-        if is_mesh(source) and old.shape == source.shape and not splits(tuple(source._spec.placements)):
+        now = tuple(source._spec.placements) if is_mesh(source) else ()
+        if is_mesh(source) and old.shape == source.shape and splits(tuple(old._spec.placements)) == splits(now):
             old._local_tensor.copy_(source._local_tensor)
-            old._spec = like_spec(old, tuple(source._spec.placements))
+            old._spec = like_spec(old, now)
             return old
     elif len(tensors) == 2 and all(is_mesh(t) for t in args[:2]) and args[0].shape == args[1].shape:
         left, right = args[0], args[1]
