@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from harness import Call, Case, Input
 from harness_bounds import Bound
-from torch import Tensor
+from torch import Tensor, nn
 
 X3 = Input((2, 4, 9, 10, 7))
 X2 = Input((2, 4, 11, 13))
@@ -125,6 +125,36 @@ def without_graph(x: Tensor) -> tuple[Tensor, ...]:
     return y * x, x[:, :, 1:] * seen.clone()
 
 
+def tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def attend(t: Tensor, **options: Any) -> Tensor:
+    return F.scaled_dot_product_attention(t, t * 2, t - 1, **options)
+
+
+def bias(x: Tensor) -> Tensor:
+    n = x[0, 0].numel()
+    return torch.ones(n, n, dtype=x.dtype).tril() * 0.1
+
+
+def both_ends(x: Tensor) -> Tensor:
+    """The percentiles by which intensities are clipped."""
+    return torch.quantile(x, torch.tensor([0.05, 0.95], dtype=x.dtype))
+
+
+class Heads(nn.Module):
+    """Self-attention over all positions, as in a transformer over an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = tokens(x)
+        return self.attention(t, t, t, need_weights=False)[0].transpose(1, 2).reshape(x.shape) * x
+
+
 CASES = [
     case("cumsum", lambda x: x.cumsum(2), X3, planes(PLANE3), sample=True),
     case("cumsum_few", lambda x: x.cumsum(2), FEW, planes(2 * 4 * 5 * 6), sample=True),
@@ -208,6 +238,22 @@ CASES = [
     case("diagonal", lambda x: x.diagonal(dim1=2, dim2=3), X2, 4),
     case("slice_scatter", lambda x: x.slice_scatter(x[:, :, :2] * 3, 2, 3, 5).select_scatter(x[:, :, 0], 2, 1), X2, 6),
     case("cross", lambda x: torch.linalg.cross(x[:, :3], x[:, :3].flip(2), dim=1), X2, 4),
+    case("attention", lambda x: attend(tokens(x)), X2, 20),
+    case("attention_heads_causal", lambda x: attend(tokens(x).unsqueeze(1), is_causal=True), X2, 20),
+    case("attention_bias", lambda x: attend(tokens(x), attn_mask=bias(x)), X2, 20),
+    case("attention_few", lambda x: attend(tokens(x[:, :, :3])), X3, 8),
+    Case("along_multi_head", Heads, (X2,), Moves(60), sample=True),
+    case("distances", lambda x: torch.cdist(tokens(x), tokens(x.flip(1))[:, :5] + 1.0), X2, 14),
+    case("median_all", lambda x: (x.median(), bad(x).median().isnan()), X3, planes(8 * 256 + 8)),
+    case("nanmedian_all", lambda x: bad(x.detach()).nanmedian() * x, X3, planes(8 * 256 + 4)),
+    case("quantile_all", lambda x: x.clamp(*both_ends(x.detach())), X3, planes(4 * 8 * 256 + 4), sample=True),
+    case(
+        "quantile_half",
+        lambda x: torch.quantile(x.detach().float(), 0.31, interpolation="lower") * x.float(),
+        X3,
+        planes(8 * 256),
+        tolerance=1e-6,
+    ),
     case("write_shifted", shifted_sum, X3, 8, sample=True),
     case("write_planes", planes_written, X3, 12, sample=True),
     case("write_recurrence", recurrence, X2, 12),

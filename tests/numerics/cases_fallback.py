@@ -103,18 +103,6 @@ def gap(name: str, fn: Callable[..., Any], *inputs: Input, **options: Any) -> Fa
     return Fallback(f"fallback_{name}", lambda: Call(fn), inputs, **options)
 
 
-def attention(x: Tensor) -> Tensor:
-    """Every position looks at every other."""
-    tokens = x.flatten(2).transpose(1, 2)
-    return F.scaled_dot_product_attention(tokens, tokens, tokens)
-
-
-def matrix_attention(x: Tensor) -> Tensor:
-    tokens = x.flatten(2)
-    weights = torch.softmax(tokens.transpose(1, 2) @ tokens / 2, -1)
-    return tokens @ weights.transpose(1, 2)
-
-
 def pool_and_unpool(x: Tensor) -> Tensor:
     y, where = F.max_pool2d(x, 2, return_indices=True)
     return F.max_unpool2d(y * 2, where, 2, output_size=x.shape[2:])
@@ -160,7 +148,6 @@ FALLBACKS = [
     gap("sort_no_other_dim", lambda x: x[0, 0].sort(0)[0], X1, must_refuse=("w4",), moves_first=True),
     gap("table_written", written_into_plain, X2, moves_first=True),
     gap("topk", lambda x: x.flatten(1).topk(5)[0], X2),
-    gap("median", lambda x: x.median(), X2, must_refuse=FOUR[4]),
     gap("quantile", lambda x: torch.quantile(x, 0.3), X3, moves_first=True),
     gap("mask_select", lambda x: x[x > 0], X2, must_refuse=FOUR[4]),
     gap("masked_select", lambda x: torch.masked_select(x, x > 0.5), X3),
@@ -173,8 +160,6 @@ FALLBACKS = [
     gap("in_place_views", lambda x: (x * 1).unsqueeze_(2).squeeze_(2).transpose_(2, 3) * 2, X2),
     gap("diff", lambda x: x.diff(dim=2), X3),
     gap("matmul_split", lambda x: x @ x.transpose(-1, -2), X2),
-    gap("attention", attention, X2, moves_first=True),
-    gap("matrix_attention", matrix_attention, X2),
     gap("bicubic", lambda x: F.interpolate(x, size=(15, 9), mode="bicubic"), X2),
     gap("bilinear_antialias", lambda x: F.interpolate(x, size=(6, 7), mode="bilinear", antialias=True), X2),
     gap("area", lambda x: F.interpolate(x, size=(5, 6, 3), mode="area"), X3),
@@ -185,7 +170,6 @@ FALLBACKS = [
     gap("max_pool_indices", lambda x: F.max_pool2d(x, 2, return_indices=True), X2, grad=False),
     gap("pixel_shuffle", lambda x: F.pixel_shuffle(x, 2), X2),
     gap("pixel_unshuffle", lambda x: F.pixel_unshuffle(x, 2), Input((2, 4, 10, 12))),
-    gap("pairwise", lambda x: torch.cdist(x[:, 0], x[:, 1]), X2),
     gap("ctc", labelled, X1),
     gap("fractional_max_pool", fractional, X2, must_refuse=FOUR[4]),
     gap("trapezoid", lambda x: torch.trapezoid(x, dim=2), X2),

@@ -2,6 +2,7 @@
 
 from meshwright.parallel.rules import (
     adaptive,
+    attention,
     backward,
     channels,
     conv,
@@ -27,6 +28,7 @@ from meshwright.parallel.rules import (
     rms_norm,
     sample,
     scans,
+    selection,
     slices,
     special,
     tables,
@@ -38,6 +40,7 @@ from meshwright.parallel.rules import (
 
 __all__ = [
     "adaptive",
+    "attention",
     "backward",
     "channels",
     "conv",
@@ -63,6 +66,7 @@ __all__ = [
     "rms_norm",
     "sample",
     "scans",
+    "selection",
     "slices",
     "special",
     "tables",
