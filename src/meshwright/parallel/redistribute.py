@@ -19,7 +19,7 @@ from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.mesh import coordinates, sizes
-from meshwright.parallel.tensor import MeshTensor, fresh, wrap
+from meshwright.parallel.tensor import MeshTensor, fresh, is_mesh, wrap
 from meshwright.plan.geometry import chunk
 
 
@@ -71,11 +71,18 @@ def one_split_per_dim(placements: Placements) -> bool:
     return len(dims) == len(set(dims))
 
 
+def _meshed(grad: Any, mesh: DeviceMesh) -> Any:
+    """A gradient as a mesh tensor: autograd may hand over plain zeros, of which torch keeps the shape alone."""
+    if is_mesh(grad):
+        return grad
+    return wrap(torch.zeros_like(grad) if grad._is_zerotensor() else grad, mesh, replicated(mesh))
+
+
 class _Redistribute(Function):
     @staticmethod
     def forward(ctx: Any, x: Any, target: Placements, cause: Cause) -> MeshTensor:
         mesh, shape = x._spec.mesh, tuple(x._spec.shape)
-        ctx.source, ctx.cause = tuple(x._spec.placements), cause
+        ctx.mesh, ctx.source, ctx.cause = mesh, tuple(x._spec.placements), cause
         local = move(x._local_tensor, mesh, shape, ctx.source, target, cause)
         if local is x._local_tensor:
             local = same(local)
@@ -83,6 +90,7 @@ class _Redistribute(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
+        grad = _meshed(grad, ctx.mesh)
         return redistribute(grad, gradient_placements(ctx.source, grad), ctx.cause), None, None
 
 
@@ -164,7 +172,7 @@ class _FromLocal(Function):
         shape: tuple[int, ...],
         ledger: Ledger | None,
     ) -> MeshTensor:
-        ctx.placements = placements
+        ctx.mesh, ctx.placements = mesh, placements
         ctx.cause = Cause(ledger, (layer(), "gradient"))
         ctx.save_for_backward(_mark)
         return wrap(same(local), mesh, placements, shape, ledger)
@@ -173,7 +181,8 @@ class _FromLocal(Function):
     def backward(ctx: Any, grad: Any) -> Any:
         _ = ctx.saved_tensors
         target = tuple(REPLICATE if isinstance(p, Partial) else p for p in ctx.placements)
-        local = to_local(redistribute(grad, target, ctx.cause), partial_axes(ctx.placements))
+        grad = redistribute(_meshed(grad, ctx.mesh), target, ctx.cause)
+        local = to_local(grad, partial_axes(ctx.placements))
         return local, None, None, None, None
 
 

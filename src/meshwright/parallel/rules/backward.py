@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from meshwright.parallel.functions import function
+from meshwright.parallel.functions import as_mesh, function
+from meshwright.parallel.tensor import is_mesh
 
 
 def _tuple(values: Any) -> tuple[Any, ...]:
@@ -34,7 +35,9 @@ def _start(outputs: tuple[Any, ...], grads: Any) -> tuple[Any, ...]:
     """The gradients to start from; of a scalar mesh tensor it is a mesh tensor of 1."""
     given = _tuple(grads) or (None,) * len(outputs)
     return tuple(
-        torch.ones_like(out) if grad is None and isinstance(out, torch.Tensor) and out.numel() == 1 else grad
+        torch.ones_like(out)
+        if grad is None and isinstance(out, torch.Tensor) and out.numel() == 1
+        else (as_mesh(grad, out._spec.mesh) if is_mesh(out) else grad)
         for out, grad in zip(outputs, given, strict=True)
     )
 

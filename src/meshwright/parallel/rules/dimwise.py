@@ -68,7 +68,8 @@ def glu_backward(func: Any, args: Any, kwargs: Any) -> Any:
     there = aside(x, dim, cause)
     if there is None:
         return NotImplemented
-    local = placed(grad, tuple(there._spec.placements), cause)
+    target = tuple(there._spec.placements)
+    local = placed(grad, target, cause) if is_mesh(grad) else cut(grad, target, there._spec.mesh)
     return home(like(func(local, there._local_tensor, dim), there), tuple(x._spec.placements), cause)
 
 

@@ -51,7 +51,8 @@ def fractional_max_pool(
     out_shape = (*x.shape[:2], *one.shape[2:])
     target = space.local_shape(out_shape)
     if 0 in target:
-        y, index = nothing(local, target, lambda v: v), torch.empty(target, dtype=torch.int64, device=local.device)
+        y = nothing(local, target, lambda v: _POOL[n](v, 1, 1, _random_samples=v.new_zeros((1, 1, n))))
+        index = torch.empty(target, dtype=torch.int64, device=local.device)
     else:
         y, index = _POOL[n](local, kernel_size, output_size, output_ratio, True, _random_samples=samples)
     pooled = space.done(y, out_shape)

@@ -72,6 +72,9 @@ POINTWISE |= {
     for overload in overloads.split()
     if hasattr(getattr(aten, name, None), overload)
 }
+# what torch asks for shapes where one operand is its tensor of zeros without memory
+POINTWISE |= {torch.ops.prims.add.default, torch.ops.prims.sub.default, torch.ops.prims.mul.default}
+POINTWISE |= {torch.ops.prims.div.default}
 LINEAR |= {aten.neg.default, aten.mul.Scalar, aten.div.Scalar, aten.clone.default, aten._to_copy.default}
 _BINARY_LINEAR = {
     aten.add.Tensor,

@@ -123,7 +123,8 @@ def grid_sample(
     out_shape = (*space.shape[:2], *grid.shape[1:-1])
     target = local_shape(mesh, layout, out_shape)
     if 0 in target:
-        y = nothing(local, target, lambda one: one) + points.sum() * 0
+        point = points.new_zeros((*(1 for _ in points.shape[:-1]), points.shape[-1])) + points.narrow(0, 0, 0).sum()
+        y = nothing(local, target, lambda one: F.grid_sample(one, point, mode, padding_mode, aligned))
     else:
         y = F.grid_sample(F.pad(local, edges) if any(edges) else local, points, mode, padding_mode, aligned)
     return from_local(y, mesh, layout, out_shape, cause.ledger)
