@@ -10,12 +10,17 @@ from typing import Any
 
 import torch
 
-from meshwright.parallel.layout import moved, splits
-from meshwright.parallel.operators import cause_of, mutable, operator, placed
-from meshwright.parallel.rules.aside import aside, home, run_aside, whole_dims
+from meshwright.parallel.comm import all_gather_stack
+from meshwright.parallel.layout import axis_of, moved, splits
+from meshwright.parallel.mesh import coordinates, sizes
+from meshwright.parallel.operators import cause_of, mutable, operator, placed, reshard
+from meshwright.parallel.rules.aside import aside, away, home, run_aside, whole_dims
+from meshwright.parallel.rules.common import parts
 from meshwright.parallel.rules.joins import cat
 from meshwright.parallel.rules.pointwise import cut
+from meshwright.parallel.rules.reduce import arguments
 from meshwright.parallel.tensor import is_mesh, like, wrap
+from meshwright.plan.geometry import chunk, chunks
 
 aten = torch.ops.aten
 
@@ -24,7 +29,7 @@ _ALONG: dict[Any, tuple[int, Any]] = {
     aten.cumprod.default: (1, None),
     aten.sort.default: (1, -1),
     aten.sort.stable: (2, -1),
-    aten.topk.default: (2, -1),
+    aten.topk.default: (2, -1),  # of a whole dim
     aten.kthvalue.default: (2, -1),
     aten.median.dim: (1, None),
     aten.nanmedian.dim: (1, None),
@@ -58,6 +63,37 @@ def along(func: Any, args: Any, kwargs: Any) -> Any:
         target = moved(tuple(x._spec.placements), mapping)
         return tuple(wrap(o, x._spec.mesh, target, shape, x._ledger) for o in out)
     return tuple(resized(o, x) for o in out) if isinstance(out, tuple) else resized(out, x)
+
+
+@operator(aten.topk.default)
+def topk(func: Any, args: Any, kwargs: Any) -> Any:
+    """Few of many: each rank sends its own best, of which the best are taken; many of few: all-to-all."""
+    a = arguments(func, args, kwargs)
+    x, k = a["self"], a["k"]
+    mesh, placements, shape = parts(x)
+    dim = a["dim"] % max(1, len(shape))
+    axis = axis_of(placements, dim)
+    if axis is None or not 0 < k <= shape[dim]:
+        return along(func, (x, k, a["dim"], a["largest"], a["sorted"]), {})
+    spans = chunks(shape[dim], sizes(mesh)[axis])
+    most, cause = min(k, spans[0].size), cause_of(func, args)
+    if most * len(spans) >= shape[dim] and away(placements, shape, frozenset([dim]), sizes(mesh)) is not None:
+        return along(func, (x, k, dim, a["largest"], a["sorted"]), {})
+    own = spans[coordinates(mesh)[axis]]
+    values, places = x._local_tensor.topk(min(k, own.size), dim, a["largest"], sorted=False)
+    places = places + own.lo
+    missing = most - values.shape[dim]  # equal parts travel; what fills them up is dropped
+    pads = [0, 0] * (len(shape) - 1 - dim) + [0, missing]
+    stacks = [all_gather_stack(torch.nn.functional.pad(t, pads), mesh, axis, cause) for t in (values, places)]
+    values, places = (
+        torch.cat([part.narrow(dim, 0, min(k, span.size)) for part, span in zip(t, spans, strict=True)], dim)
+        for t in stacks
+    )
+    values, which = values.topk(k, dim, a["largest"], a["sorted"])
+    places = places.gather(dim, which)
+    new = (*shape[:dim], k, *shape[dim + 1 :])
+    mine = chunk(k, sizes(mesh)[axis], coordinates(mesh)[axis])
+    return tuple(wrap(t.narrow(dim, mine.lo, mine.size), mesh, placements, new, x._ledger) for t in (values, places))
 
 
 @operator(aten.glu_backward.default)
@@ -127,6 +163,8 @@ def gather_scatter(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     else:
         there = aside(reference, {dim % x.ndim, *uneven}, cause)
+        if there is None and func is not aten.gather.default and reference is not x and reference is index:
+            there = reshard(reference, range(x.ndim), cause)  # no larger than `x`, which every rank holds whole
         if there is None:
             return NotImplemented
     target, mesh = tuple(there._spec.placements), reference._spec.mesh

@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import Partial, Replicate, Shard
 
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements
-from meshwright.parallel.operators import cause_of, operator, placed
+from meshwright.parallel.operators import cause_of, operator, placed, summed
 from meshwright.parallel.rules.pointwise import cut
 from meshwright.parallel.tensor import is_mesh, wrap
 
@@ -68,3 +68,18 @@ def product(func: Any, args: Any, kwargs: Any) -> Any:
     beta, alpha = kwargs.get("beta", 1), kwargs.get("alpha", 1)
     result = result if alpha == 1 else result * alpha
     return result + (term if beta == 1 else term * beta)
+
+
+@operator(aten.mv.default)
+def matrix_vector(func: Any, args: Any, kwargs: Any) -> Any:
+    """A product with one column."""
+    left, right = args
+    column = aten.unsqueeze.default(right, 1)
+    out = product(aten.mm.default, (left, column), {})
+    return aten.squeeze.dim(summed(out, cause_of(func, args)), 1)
+
+
+@operator(aten.dot.default)
+def dot(func: Any, args: Any, kwargs: Any) -> Any:
+    """The sum of the products of corresponding elements."""
+    return aten.sum.default(aten.mul.Tensor(*args))

@@ -206,6 +206,9 @@ def vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
         else:
             local = func(r.local, order, r.dims, a["keepdim"], dtype=a["dtype"])
         return r.done(extreme_over_ranks(local, r.mesh, r.axes, cause, order > 0))
+    if r.empty_here() and order < 0:  # torch has no such norm of nothing; its share of the sum is 0
+        powers = r.local.abs().new_zeros(r.local_out_shape(), dtype=a["dtype"])
+        return r.done(all_reduce(powers, r.mesh, r.axes, cause) ** (1 / order))
     local = func(r.local, order, r.dims, a["keepdim"], dtype=a["dtype"])
     if order == 0:
         return r.done(all_reduce(local, r.mesh, r.axes, cause))
