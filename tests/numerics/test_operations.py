@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cases import KEYS, OPERATIONS, lookup, ranks_of, worker
+from cases import KEYS, OPERATIONS, ranks_of, worker
 from harness_driver import Key, Record, run_all, verdict
 
 Runner = Callable[[Key], list[Record]]

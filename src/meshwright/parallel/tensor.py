@@ -68,12 +68,12 @@ class MeshOps:
         return f"{kind}(shape={shape}, dtype={self._local_tensor.dtype}, {places}, local={self._local_tensor})"
 
     @property
-    def shape(self) -> torch.Size:  # type: ignore[override]
+    def shape(self) -> torch.Size:
         """The global shape (torch's own getter would come by `__torch_function__`, at twenty times the cost)."""
         return self._spec.shape
 
     @property
-    def ndim(self) -> int:  # type: ignore[override]
+    def ndim(self) -> int:
         """The number of dims."""
         return len(self._spec.shape)
 
@@ -134,7 +134,7 @@ class MeshTensor(MeshOps, _Base):
     __tensor_flatten__ = property(_no_flattening)
 
 
-class MeshParameter(MeshOps, torch.Tensor):  # type: ignore[misc]
+class MeshParameter(MeshOps, torch.Tensor):  # type: ignore[misc, override]
     """A parameter or buffer of a parallelized module; see the module docstring."""
 
     _ledger: Ledger | None
