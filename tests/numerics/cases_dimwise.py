@@ -235,6 +235,8 @@ CASES = [
     case("unfold_two", lambda x: x.unfold(2, 3, 1).unfold(3, 2, 2), X2, 4),
     case("unfold_wide", lambda x: x.unfold(2, 7, 1), X2, 6),
     case("columns", lambda x: F.unfold(x, 3, padding=1), X2, 18),
+    case("columns_odd_channels", lambda x: F.unfold(x, 3, padding=1), Input((2, 3, 11, 13)), 40),
+    case("reshape_two_groups", lambda x: x.reshape(2, 4, 15, 3, 7, 10), Input((2, 4, 45, 70)), 4),
     case("columns_dilated", lambda x: F.unfold(x, 2, stride=2, dilation=2), X2, 4),
     case("fold", lambda x: F.fold(F.unfold(x, 3, padding=1), x.shape[2:], 3, padding=1), X2, 18),
     case("repeat", lambda x: x.repeat(1, 1, 2, 1), X2, 4),
