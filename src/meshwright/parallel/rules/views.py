@@ -133,9 +133,7 @@ def view(func: Any, args: Any, kwargs: Any) -> Any:
     target = moved(placements, tuple(mapping))
     moved_dims = [(old, head) for old, head in rechunk if axis_of(placements, old) is not None]
     copied = False
-    for old, head in reversed(
-        moved_dims
-    ):  # each flattens its group: from the last, so that earlier dims keep their place
+    for old, head in reversed(moved_dims):  # each flattens its group; the dims before it keep their place
         axis = axis_of(placements, old)
         assert axis is not None
         ranks = sizes(mesh)[axis]
