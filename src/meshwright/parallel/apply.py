@@ -184,6 +184,8 @@ class _Enter:
 
 class _Leave:
     def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not where.stack:  # the module failed before it entered
+            return
         ledger, _ = where.stack.pop()
         if not any(other is ledger for other, _ in where.stack):
             forward_seeded.leave(ledger)

@@ -47,6 +47,11 @@ class MeshOps:
     def __torch_function__(
         cls, func: Callable[..., Any], types: Sequence[type], args: Any = (), kwargs: Any = None
     ) -> Any:
+        if torch.compiler.is_compiling():  # its tracer would take mesh tensors for DTensors and fail obscurely later
+            raise UnsupportedError(
+                "torch.compile of a parallelized module is not supported: the exchange between ranks runs in Python "
+                "between the kernels. Call the module itself."
+            )
         rule = FUNCTIONS.get(func)
         if rule is not None:
             result = rule(*args, **(kwargs or {}))
