@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -13,6 +14,7 @@ from harness import run_plain
 
 ROUNDS = 16  # launches spent on one failing case
 WIDTH = 60  # candidates in a launch
+LIMIT_S = 60.0  # no further launch after this: cases that hang cost much
 
 
 def smaller(value: Any) -> Iterator[Any]:
@@ -59,11 +61,13 @@ def legal(case: Drawn) -> bool:
 
 def shrink(case: Drawn, failing: Callable[[Sequence[Drawn]], list[Drawn]]) -> Drawn:
     """The smallest failing case that a few launches find; `failing` says which of many still fail."""
+    begin_s = time.monotonic()
     for _ in range(ROUNDS):
         still = failing(candidates(case)[:WIDTH])
-        if not still:
+        if still:
+            case = min(still, key=weight)
+        if not still or time.monotonic() - begin_s > LIMIT_S:
             break
-        case = min(still, key=weight)
     return case
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from drawn_shrink import LIMIT_S
 from harness import plan_of
 from harness_driver import Key, Record, run_all, verdict
 from programs import GATHERED, REFUSED, Program, draw, shorter, worker
@@ -34,9 +36,10 @@ def run(programs: Sequence[Program], folder: Path) -> Found:
 
 def shrink(program: Program, folder: Path) -> Program:
     """A shorter program that still fails."""
+    begin_s = time.monotonic()
     for _ in range(ROUNDS):
         tried = shorter(program)
-        if not tried:
+        if not tried or time.monotonic() - begin_s > LIMIT_S:
             break
         found = run(tried, folder)
         still = [one for one in tried if verdict(found[one.key])]
