@@ -17,10 +17,30 @@ import torch.nn.functional as F
 from cases_conv import CONV, TRANSPOSED
 from cases_norm import BATCH, INSTANCE, used
 from cases_pool import ADAPTIVE, AVERAGE, MAX
+from program_draws import (
+    Arguments,
+    Shape,
+    draw_channels,
+    draw_conv,
+    draw_cut,
+    draw_dim,
+    draw_dims,
+    draw_merge,
+    draw_order,
+    draw_pad,
+    draw_pieces,
+    draw_pool,
+    draw_positions,
+    draw_resize,
+    draw_shift,
+    draw_sizes,
+    draw_space,
+    draw_split_dim,
+    draw_transposed,
+    draw_two,
+)
 from torch import Tensor, nn
 
-Arguments = dict[str, Any]
-Shape = tuple[int, ...]
 Draw = Callable[[random.Random, Shape], Arguments]
 Run = Callable[[Tensor, Arguments, "nn.Module | None", Sequence[Tensor]], Tensor]
 
@@ -42,120 +62,8 @@ def add(name: str, run: Run, draw: Draw = lambda r, s: {}, layer: Any = None, we
     OPERATIONS[name] = Operation(draw, run, layer, weight)
 
 
-def dim(r: random.Random, s: Shape) -> Arguments:
-    return {"dim": r.randrange(len(s))}
-
-
-def dims(r: random.Random, s: Shape) -> Arguments:
-    return {"dims": sorted(r.sample(range(len(s)), r.randint(1, min(3, len(s)))))}
-
-
-def _sizes(r: random.Random, n: int, low: int, high: int) -> list[int]:
-    return [r.randint(low, high) for _ in range(n)]
-
-
-def _space(s: Shape) -> int:
-    if len(s) > 5:  # torch lets some pools pass there, by accident
-        raise ValueError(f"no operation of space on {s}")
-    return max(1, min(3, len(s) - 2))
-
-
-def _conv(r: random.Random, s: Shape) -> Arguments:
-    n, groups = _space(s), r.choice([1, 1, s[1]])
-    k = _sizes(r, n, 1, 3)
-    a = {"n": n, "inside": s[1], "out": groups * r.randint(1, 3), "k": k, "groups": groups}
-    mode = r.choice(["zeros", "zeros", "zeros", "reflect", "replicate", "circular"])
-    return a | {
-        "s": _sizes(r, n, 1, 2),
-        "p": [r.randint(0, kk // 2 + 1) for kk in k],
-        "d": _sizes(r, n, 1, 2),
-        "mode": mode,
-    }
-
-
-def _transposed(r: random.Random, s: Shape) -> Arguments:
-    n = _space(s)
-    return {
-        "n": n,
-        "inside": s[1],
-        "out": r.randint(1, 3),
-        "k": _sizes(r, n, 1, 3),
-        "s": _sizes(r, n, 1, 2),
-        "p": r.randint(0, 1),
-    }
-
-
-def _pool(r: random.Random, s: Shape) -> Arguments:
-    n = _space(s)
-    k = _sizes(r, n, 1, 3)
-    return {
-        "n": n,
-        "k": k,
-        "s": _sizes(r, n, 1, 3),
-        "p": [kk // 2 if r.random() < 0.5 else 0 for kk in k],
-        "ceil": r.random() < 0.3,
-    }
-
-
-def _channels(r: random.Random, s: Shape) -> Arguments:
-    return {"n": _space(s), "channels": s[1], "groups": r.choice([1, s[1]])}
-
-
-def _pad(r: random.Random, s: Shape) -> Arguments:
-    n, mode = _space(s), r.choice(["constant", "reflect", "replicate", "circular"])
-    return {"widths": _sizes(r, 2 * n, -1 if mode == "constant" else 0, 2), "mode": mode}
-
-
-def _resize(r: random.Random, s: Shape) -> Arguments:
-    n = _space(s)
-    mode = r.choice(["nearest", "nearest-exact", ("linear", "bilinear", "trilinear")[n - 1], "area"])
-    return {"size": [max(1, int(size * r.choice([0.5, 1, 1.5, 2]))) for size in s[2:]], "mode": mode}
-
-
-def _cut(r: random.Random, s: Shape) -> Arguments:
-    at = r.randrange(len(s))
-    start = r.randint(0, max(0, s[at] - 2))
-    return {"dim": at, "start": start, "stop": r.randint(start + 1, s[at]), "step": r.choice([1, 1, 2, 3])}
-
-
 def _where(a: Arguments) -> tuple[slice, ...]:
     return (*[slice(None)] * a["dim"], slice(a["start"], a["stop"], a["step"]))
-
-
-def _positions(r: random.Random, s: Shape) -> Arguments:
-    at = r.randrange(len(s))
-    return {"dim": at, "index": [r.randrange(s[at]) for _ in range(r.randint(1, 4))]}
-
-
-def _order(r: random.Random, s: Shape) -> Arguments:
-    order = list(range(len(s)))
-    r.shuffle(order)
-    return {"order": order}
-
-
-def _two(r: random.Random, s: Shape) -> Arguments:
-    a, b = r.sample(range(len(s)), 2)
-    return {"a": a, "b": b}
-
-
-def _split_dim(r: random.Random, s: Shape) -> Arguments:
-    at = r.randrange(len(s))
-    factor = r.choice([f for f in range(1, s[at] + 1) if s[at] % f == 0])
-    return {"dim": at, "sizes": [factor, s[at] // factor]}
-
-
-def _merge(r: random.Random, s: Shape) -> Arguments:
-    first = r.randrange(len(s) - 1)
-    return {"first": first, "last": r.randint(first + 1, len(s) - 1)}
-
-
-def _shift(r: random.Random, s: Shape) -> Arguments:
-    found = dims(r, s)
-    return found | {"shifts": [r.randint(-s[d], s[d]) for d in found["dims"]]}
-
-
-def _pieces(r: random.Random, s: Shape) -> Arguments:
-    return dim(r, s) | {"parts": r.randint(2, 3)}
 
 
 def _vector(x: Tensor, at: int) -> Tensor:
@@ -214,7 +122,7 @@ def _kind(table: dict[str, Any], more: Draw = lambda r, s: {}) -> Draw:
 add(
     "conv",
     lambda y, a, m, e: m(y),
-    _conv,
+    draw_conv,
     lambda a: CONV[a["n"]](
         a["inside"], a["out"], a["k"], a["s"], tuple(a["p"]), a["d"], a["groups"], padding_mode=a["mode"]
     ),
@@ -223,27 +131,38 @@ add(
 add(
     "conv_transpose",
     lambda y, a, m, e: m(y),
-    _transposed,
+    draw_transposed,
     lambda a: TRANSPOSED[a["n"]](a["inside"], a["out"], a["k"], a["s"], a["p"]),
     4,
 )
-add("max_pool", lambda y, a, m, e: m(y), _pool, lambda a: MAX[a["n"]](a["k"], a["s"], a["p"], ceil_mode=a["ceil"]), 3)
+add(
+    "max_pool",
+    lambda y, a, m, e: m(y),
+    draw_pool,
+    lambda a: MAX[a["n"]](a["k"], a["s"], a["p"], ceil_mode=a["ceil"]),
+    3,
+)
 add(
     "avg_pool",
     lambda y, a, m, e: m(y),
-    _pool,
+    draw_pool,
     lambda a: AVERAGE[a["n"]](a["k"], a["s"], a["p"], ceil_mode=a["ceil"]),
     3,
 )
 add(
     "adaptive_pool",
     lambda y, a, m, e: m(y),
-    lambda r, s: {"n": _space(s), "out": _sizes(r, _space(s), 1, 5)},
+    lambda r, s: {"n": draw_space(s), "out": draw_sizes(r, draw_space(s), 1, 5)},
     lambda a: ADAPTIVE["avg", a["n"]](a["out"]),
 )
-add("batch_norm", lambda y, a, m, e: m(y), _channels, lambda a: used(BATCH[a["n"]](a["channels"])), 3)
-add("instance_norm", lambda y, a, m, e: m(y), _channels, lambda a: used(INSTANCE[a["n"]](a["channels"], affine=True)))
-add("group_norm", lambda y, a, m, e: m(y), _channels, lambda a: used(nn.GroupNorm(a["groups"], a["channels"])), 3)
+add("batch_norm", lambda y, a, m, e: m(y), draw_channels, lambda a: used(BATCH[a["n"]](a["channels"])), 3)
+add(
+    "instance_norm",
+    lambda y, a, m, e: m(y),
+    draw_channels,
+    lambda a: used(INSTANCE[a["n"]](a["channels"], affine=True)),
+)
+add("group_norm", lambda y, a, m, e: m(y), draw_channels, lambda a: used(nn.GroupNorm(a["groups"], a["channels"])), 3)
 add(
     "layer_norm",
     lambda y, a, m, e: m(y),
@@ -269,71 +188,73 @@ add(
     lambda r, s: {"inside": s[1], "out": r.randint(1, 4)},
     lambda a: nn.Linear(a["inside"], a["out"], bias=False),
 )
-add("pad", lambda y, a, m, e: F.pad(y, a["widths"], a["mode"]), _pad, weight=4)
-add("interpolate", lambda y, a, m, e: F.interpolate(y, size=a["size"], mode=a["mode"]), _resize, weight=4)
+add("pad", lambda y, a, m, e: F.pad(y, a["widths"], a["mode"]), draw_pad, weight=4)
+add("interpolate", lambda y, a, m, e: F.interpolate(y, size=a["size"], mode=a["mode"]), draw_resize, weight=4)
 add("elementwise", lambda y, a, m, e: ELEMENTWISE[a["kind"]](y), _kind(ELEMENTWISE), weight=8)
 add("in_place", lambda y, a, m, e: _in_place(y, a), lambda r, s: {"relu": r.random() < 0.5}, weight=3)
-add("write_slice", lambda y, a, m, e: _written(y, a), _cut)
-add("scale_slice", lambda y, a, m, e: _multiplied(y, a), _cut)
-add("slice", lambda y, a, m, e: y[_where(a)], _cut, weight=5)
-add("narrow", lambda y, a, m, e: y.narrow(a["dim"], a["start"], a["stop"] - a["start"]), _cut)
-add("select", lambda y, a, m, e: y.select(a["dim"], a["start"]), _cut, weight=1)
-add("index_select", lambda y, a, m, e: y.index_select(a["dim"], torch.tensor(a["index"])), _positions)
-add("cat", lambda y, a, m, e: torch.cat([y, torch.tanh(y), y], a["dim"]), dim)
-add("cat_shifted", lambda y, a, m, e: torch.cat([y[_where(a)], y], a["dim"]), _cut)
+add("write_slice", lambda y, a, m, e: _written(y, a), draw_cut)
+add("scale_slice", lambda y, a, m, e: _multiplied(y, a), draw_cut)
+add("slice", lambda y, a, m, e: y[_where(a)], draw_cut, weight=5)
+add("narrow", lambda y, a, m, e: y.narrow(a["dim"], a["start"], a["stop"] - a["start"]), draw_cut)
+add("select", lambda y, a, m, e: y.select(a["dim"], a["start"]), draw_cut, weight=1)
+add("index_select", lambda y, a, m, e: y.index_select(a["dim"], torch.tensor(a["index"])), draw_positions)
+add("cat", lambda y, a, m, e: torch.cat([y, torch.tanh(y), y], a["dim"]), draw_dim)
+add("cat_shifted", lambda y, a, m, e: torch.cat([y[_where(a)], y], a["dim"]), draw_cut)
 add(
     "stack",
     lambda y, a, m, e: torch.stack([y, -y], a["dim"]).flatten(a["dim"], a["dim"] + 1),
     lambda r, s: {"dim": r.randrange(len(s))},
 )
 add(
-    "chunk_stack", lambda y, a, m, e: torch.cat(list(reversed(torch.chunk(y, a["parts"], a["dim"]))), a["dim"]), _pieces
+    "chunk_stack",
+    lambda y, a, m, e: torch.cat(list(reversed(torch.chunk(y, a["parts"], a["dim"]))), a["dim"]),
+    draw_pieces,
 )
 add(
     "unbind_stack",
     lambda y, a, m, e: torch.stack([p * (i + 1) for i, p in enumerate(y.unbind(a["dim"]))], a["dim"]),
-    dim,
+    draw_dim,
     weight=1,
 )
-add("permute", lambda y, a, m, e: y.permute(a["order"]), _order, weight=3)
-add("transpose", lambda y, a, m, e: y.transpose(a["a"], a["b"]).contiguous(), _two)
-add("split_dim", lambda y, a, m, e: y.unflatten(a["dim"], a["sizes"]), _split_dim)
-add("merge_dims", lambda y, a, m, e: y.flatten(a["first"], a["last"]), _merge)
+add("permute", lambda y, a, m, e: y.permute(a["order"]), draw_order, weight=3)
+add("transpose", lambda y, a, m, e: y.transpose(a["a"], a["b"]).contiguous(), draw_two)
+add("split_dim", lambda y, a, m, e: y.unflatten(a["dim"], a["sizes"]), draw_split_dim)
+add("merge_dims", lambda y, a, m, e: y.flatten(a["first"], a["last"]), draw_merge)
 add(
     "reshape_swap",
     lambda y, a, m, e: y.unflatten(a["dim"], a["sizes"]).transpose(a["dim"], a["dim"] + 1).reshape(y.shape),
-    _split_dim,
+    draw_split_dim,
 )
-add("centre", lambda y, a, m, e: y - REDUCTIONS[a["kind"]](y, a["dims"], True), _kind(REDUCTIONS, dims), weight=5)
-add("reduce", lambda y, a, m, e: REDUCTIONS[a["kind"]](y, a["dim"], False), _kind(REDUCTIONS, dim))
-add("softmax", lambda y, a, m, e: y.softmax(a["dim"]) * y, dim, weight=3)
-add("roll", lambda y, a, m, e: y.roll(a["shifts"], a["dims"]), _shift, weight=3)
-add("flip", lambda y, a, m, e: y.flip(a["dims"]), dims, weight=3)
-add("cumsum", lambda y, a, m, e: y.cumsum(a["dim"]) * 0.5, dim)
-add("sort", lambda y, a, m, e: y.sort(a["dim"], stable=True)[0], dim)
+add("centre", lambda y, a, m, e: y - REDUCTIONS[a["kind"]](y, a["dims"], True), _kind(REDUCTIONS, draw_dims), weight=5)
+add("reduce", lambda y, a, m, e: REDUCTIONS[a["kind"]](y, a["dim"], False), _kind(REDUCTIONS, draw_dim))
+add("softmax", lambda y, a, m, e: y.softmax(a["dim"]) * y, draw_dim, weight=3)
+add("roll", lambda y, a, m, e: y.roll(a["shifts"], a["dims"]), draw_shift, weight=3)
+add("flip", lambda y, a, m, e: y.flip(a["dims"]), draw_dims, weight=3)
+add("cumsum", lambda y, a, m, e: y.cumsum(a["dim"]) * 0.5, draw_dim)
+add("sort", lambda y, a, m, e: y.sort(a["dim"], stable=True)[0], draw_dim)
 add(
     "topk",
     lambda y, a, m, e: y.topk(a["k"], a["dim"])[0],
-    lambda r, s: (lambda d: d | {"k": r.randint(1, s[d["dim"]])})(dim(r, s)),
+    lambda r, s: (lambda d: d | {"k": r.randint(1, s[d["dim"]])})(draw_dim(r, s)),
     weight=1,
 )
-add("diff", lambda y, a, m, e: y.diff(dim=a["dim"]), dim, weight=1)
-add("repeat", lambda y, a, m, e: y.repeat([2 if d == a["dim"] else 1 for d in range(y.ndim)]), dim)
-add("repeat_interleave", lambda y, a, m, e: y.repeat_interleave(2, a["dim"]), dim, weight=1)
+add("diff", lambda y, a, m, e: y.diff(dim=a["dim"]), draw_dim, weight=1)
+add("repeat", lambda y, a, m, e: y.repeat([2 if d == a["dim"] else 1 for d in range(y.ndim)]), draw_dim)
+add("repeat_interleave", lambda y, a, m, e: y.repeat_interleave(2, a["dim"]), draw_dim, weight=1)
 add(
     "expand",
     lambda y, a, m, e: y.unsqueeze(a["dim"]).expand(*y.shape[: a["dim"]], 2, *y.shape[a["dim"] :]),
-    dim,
+    draw_dim,
     weight=1,
 )
-add("squeeze", lambda y, a, m, e: y.unsqueeze(a["dim"]).squeeze(a["dim"]) * 1.5, dim, weight=1)
-add("ramp", lambda y, a, m, e: y * _vector(y, a["dim"]), dim)
-add("mask", lambda y, a, m, e: y.masked_fill(_vector(y, a["dim"]) > 0.2, 0.5), dim)
+add("squeeze", lambda y, a, m, e: y.unsqueeze(a["dim"]).squeeze(a["dim"]) * 1.5, draw_dim, weight=1)
+add("ramp", lambda y, a, m, e: y * _vector(y, a["dim"]), draw_dim)
+add("mask", lambda y, a, m, e: y.masked_fill(_vector(y, a["dim"]) > 0.2, 0.5), draw_dim)
 add("earlier", lambda y, a, m, e: next((y + x * 0.7 for x in reversed(e) if x.shape == y.shape), y * 2), weight=4)
 add("gram", lambda y, a, m, e: y @ y.transpose(-1, -2) / math.sqrt(y.shape[-1]), weight=1)
 add(
     "unfold",
     lambda y, a, m, e: y.unfold(a["dim"], a["size"], a["step"]).mean(-1),
-    lambda r, s: dim(r, s) | {"size": r.randint(1, 3), "step": r.randint(1, 2)},
+    lambda r, s: draw_dim(r, s) | {"size": r.randint(1, 3), "step": r.randint(1, 2)},
     weight=1,
 )
