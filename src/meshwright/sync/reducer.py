@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 BUCKET_BYTES = 8 << 20  # large enough to amortise a message, small enough to start before backward ends
+SMALL_BUCKET_BYTES = 1 << 17  # for small models: below this a message costs more than it hides
+FEWEST_BUCKETS = 8  # so that of a small model, too, most is summed while backward runs
 
 
 class _Flight:
@@ -124,9 +126,11 @@ class Reducer:
             and isinstance(p, torch.nn.Parameter)
             and p.is_leaf
         ]
-        nbytes = BUCKET_BYTES
+        total = sum(p._local_tensor.numel() * p._local_tensor.element_size() for p in found)
+        limit = max(SMALL_BUCKET_BYTES, min(BUCKET_BYTES, total // FEWEST_BUCKETS))
+        nbytes = limit
         for p in reversed(found):
-            if nbytes >= BUCKET_BYTES:
+            if nbytes >= limit:
                 self._buckets.append([])
                 nbytes = 0
             self._buckets[-1].append(p)
