@@ -1,4 +1,4 @@
-"""How close a split U-Net comes to no communication at all.
+"""How close a split network comes to no communication at all.
 
 Two one-thread ranks train the benchmark U-Net (docs/performance.md) on one volume split in depth, against two
 one-thread ranks that each train on half of the volume and never talk: the limit. The halves run twice, as plain
@@ -8,6 +8,10 @@ a median of paired ratios with a bootstrap confidence interval.
 
     python benchmarks/spatial.py                 # fp32 and bf16, 96 cubed, 21 rounds
     python benchmarks/spatial.py --size 64 --rounds 7 --dtype fp32
+    python benchmarks/spatial.py --network cosmoflow        # 128 cubed, 4 channels, split in depth
+    python benchmarks/spatial.py --network resnet18         # an image of 512 squared, split in height
+    python benchmarks/spatial.py --network cliff --ranks 1  # 64 cubed, base 8, where plain torch falls off its cliff
+    python benchmarks/spatial.py --network tiny --ranks 1   # 8 cubed: the overhead of an operation
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,7 +32,9 @@ import torch.distributed as dist
 from torch import nn
 
 import meshwright as mw
-from meshwright.models.small_unet import benchmark_unet
+from meshwright.models.cosmoflow import CosmoFlow
+from meshwright.models.resnet import resnet18
+from meshwright.models.small_unet import SmallUNet, benchmark_unet
 from meshwright.parallel.account import Totals, totals
 from meshwright.parallel.kernels import Conv
 from meshwright.parallel.rules.halo_conv import SpatialConv
@@ -35,17 +42,55 @@ from meshwright.parallel.rules.halo_conv import SpatialConv
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
+@dataclass(frozen=True)
+class Network:
+    """A network, the size of its input's edge, and how many dims of space it has (the first of them is split)."""
+
+    make: Callable[[int, bool], nn.Module]  # of (edge, whether for half of the input)
+    edge: int
+    channels: int = 4
+    dims: int = 3
+
+    def shape(self, edge: int) -> tuple[int, ...]:
+        return (1, self.channels, *(edge,) * self.dims)
+
+    def plan(self) -> mw.Plan:
+        return mw.Plan.uniform(depth=2) if self.dims == 3 else mw.Plan.uniform(height=2)
+
+    def format(self) -> torch.memory_format:
+        return torch.channels_last_3d if self.dims == 3 else torch.channels_last
+
+
+def _cosmoflow(edge: int, half: bool) -> nn.Module:
+    """Without dropout, which would add noise; half of the cube has half of the features."""
+    model = CosmoFlow(edge, keep=1.0)
+    if half:
+        model.regressor[1] = nn.Linear(model.regressor[1].in_features // 2, 2048)
+        *_, last = (i for i, layer in enumerate(model.features) if isinstance(layer, nn.AvgPool3d))
+        model.features[last] = nn.AvgPool3d((2, 3, 3), 2, (0, 1, 1))  # two planes are left, and torch refuses three
+    return model
+
+
+NETWORKS = {
+    "unet": Network(lambda edge, half: benchmark_unet(), 96),
+    "cosmoflow": Network(_cosmoflow, 128),
+    "resnet18": Network(lambda edge, half: resnet18(), 512, channels=3, dims=2),
+    "cliff": Network(lambda edge, half: SmallUNet(4, base=8, norm="none"), 64),
+    "tiny": Network(lambda edge, half: benchmark_unet(), 8),
+}
+
+
 def same_kernels(model: nn.Module) -> nn.Module:
     """Plain modules whose convolutions use Meshwright's choice of kernels, without any mesh."""
 
-    def forward(self: nn.Conv3d, x: torch.Tensor) -> torch.Tensor:
-        p = self.padding[0]
-        sizes = tuple(size + 2 * p - k + 1 for size, k in zip(x.shape[2:], self.kernel_size, strict=True))
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        edges = zip(x.shape[2:], self.kernel_size, self.padding, self.stride, strict=True)
+        sizes = tuple((size + 2 * p - k) // s + 1 for size, k, p, s in edges)
         conv = Conv(self.stride, self.dilation, self.groups)
-        return SpatialConv.apply(x, self.weight, self.bias, conv, ((p, p),) * 3, sizes)
+        return SpatialConv.apply(x, self.weight, self.bias, conv, tuple((p, p) for p in self.padding), sizes)
 
     for module in model.modules():
-        if isinstance(module, nn.Conv3d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             module.forward = forward.__get__(module)
     return model
 
@@ -89,32 +134,33 @@ def rounds_of(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[s
     return seconds, spent
 
 
-def two_ranks(size: int, rounds: int, dtype_name: str, plain: bool) -> dict[str, Any]:
+def two_ranks(name: str, size: int, rounds: int, dtype_name: str, plain: bool) -> dict[str, Any]:
     """Runs on each of two ranks: split against independent halves."""
     torch.set_num_threads(1)
-    dtype, rank = DTYPES[dtype_name], dist.get_rank()
+    network, dtype, rank = NETWORKS[name], DTYPES[dtype_name], dist.get_rank()
     torch.manual_seed(0)
-    base = benchmark_unet().to(dtype=dtype, memory_format=torch.channels_last_3d)
-    plan = mw.Plan.uniform(depth=2)
-    x = torch.randn(1, 4, size, size, size).to(dtype=dtype, memory_format=torch.channels_last_3d)
+    base = network.make(size, False).to(dtype=dtype, memory_format=network.format())
+    lone = network.make(size, True).to(dtype=dtype, memory_format=network.format())
+    plan = network.plan()
+    x = torch.randn(network.shape(size)).to(dtype=dtype, memory_format=network.format())
     half = x[mw.interval(tuple(x.shape), plan, rank)].clone(memory_format=torch.preserve_format)
     steps = {
-        "plain halves": trainer(copy.deepcopy(base), half),
-        "tuned halves": trainer(same_kernels(copy.deepcopy(base)), half),
+        "plain halves": trainer(copy.deepcopy(lone), half),
+        "tuned halves": trainer(same_kernels(copy.deepcopy(lone)), half),
         "meshwright": trainer(mw.parallelize(copy.deepcopy(base), plan, strict=True), mw.shard(x, plan)),
     }
     seconds, spent = rounds_of({name: step for name, step in steps.items() if plain or "plain" not in name}, rounds)
     return {"seconds": seconds, "spent": vars(spent)}
 
 
-def one_rank(size: int, rounds: int, dtype_name: str, plain: bool) -> dict[str, Any]:
+def one_rank(name: str, size: int, rounds: int, dtype_name: str, plain: bool) -> dict[str, Any]:
     """Runs on one rank: the whole volume, plain and under `parallelize`."""
     torch.set_num_threads(1)
-    dtype = DTYPES[dtype_name]
+    network, dtype = NETWORKS[name], DTYPES[dtype_name]
     torch.manual_seed(0)
-    base = benchmark_unet().to(dtype=dtype, memory_format=torch.channels_last_3d)
+    base = network.make(size, False).to(dtype=dtype, memory_format=network.format())
     plan = mw.Plan.uniform()
-    x = torch.randn(1, 4, size, size, size).to(dtype=dtype, memory_format=torch.channels_last_3d)
+    x = torch.randn(network.shape(size)).to(dtype=dtype, memory_format=network.format())
     steps = {
         "plain": trainer(copy.deepcopy(base), x),
         "meshwright": trainer(mw.parallelize(copy.deepcopy(base), plan, strict=True), mw.shard(x, plan)),
@@ -151,17 +197,19 @@ def show(title: str, seconds: dict[str, list[float]], spent: dict[str, float], r
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--size", type=int, default=96, help="edge of the volume in voxels")
+    parser.add_argument("--network", choices=list(NETWORKS), default="unet")
+    parser.add_argument("--size", type=int, help="edge of the input (default: that of the network)")
     parser.add_argument("--rounds", type=int, default=21, help="counted rounds of each comparison")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "both"], default="both")
     parser.add_argument("--ranks", choices=["1", "2", "both"], default="both", help="which comparisons to run")
     parser.add_argument("--no-plain", action="store_true", help="leave plain torch out (bf16 without AVX512: minutes)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options = parser.parse_args()
-    print(f"torch {torch.__version__}, {platform.machine()}, U-Net {options.size} cubed, {options.rounds} rounds")
+    size = options.size or NETWORKS[options.network].edge
+    print(f"torch {torch.__version__}, {platform.machine()}, {options.network}, edge {size}, {options.rounds} rounds")
     figures: dict[str, Any] = {}
     for dtype in ["fp32", "bf16"] if options.dtype == "both" else [options.dtype]:
-        arguments = (options.size, options.rounds, dtype, not options.no_plain)
+        arguments = (options.network, size, options.rounds, dtype, not options.no_plain)
         if options.ranks in ("2", "both"):
             results = mw.launch(two_ranks, ranks=2, args=arguments, threads=1)
             slowest = {
@@ -169,10 +217,12 @@ def main() -> None:
                 for name in results[0]["seconds"]
             }
             spent = {key: max(r["spent"][key] for r in results) for key in results[0]["spent"]}
-            figures[f"{dtype} two ranks"] = show(f"{dtype}, two ranks, depth split", slowest, spent, options.rounds)
+            figures[f"{dtype} two ranks"] = show(
+                f"{dtype}, two ranks, the first dim of space split", slowest, spent, options.rounds
+            )
         if options.ranks in ("1", "both"):
             (result,) = mw.launch(one_rank, ranks=1, args=arguments, threads=1)
-            title = f"{dtype}, one rank, whole volume"
+            title = f"{dtype}, one rank, the whole"
             figures[f"{dtype} one rank"] = show(title, result["seconds"], result["spent"], options.rounds)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,59 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-KINDS: dict[int, dict[str, Any]] = {
-    2: {"conv": nn.Conv2d, "norm": nn.BatchNorm2d, "max": nn.MaxPool2d, "mean": nn.AdaptiveAvgPool2d},
-    3: {"conv": nn.Conv3d, "norm": nn.BatchNorm3d, "max": nn.MaxPool3d, "mean": nn.AdaptiveAvgPool3d},
-}
+from meshwright.models.resnet import resnet18, resnet50
+
+KINDS: dict[int, tuple[Any, Any]] = {2: (nn.Conv2d, nn.BatchNorm2d), 3: (nn.Conv3d, nn.BatchNorm3d)}
 
 
 def unit(n: int, c: int, f: int, k: int, **options: Any) -> nn.Sequential:
     """Convolution that keeps the size (stride aside), batch norm, ReLU."""
     pad = options.get("dilation", 1) * (k // 2)
-    conv = KINDS[n]["conv"](c, f, k, padding=pad, bias=False, **options)
-    return nn.Sequential(conv, KINDS[n]["norm"](f), nn.ReLU(inplace=True))
-
-
-class Residual(nn.Module):
-    """The block of ResNet-18 (`wide` 1) or the bottleneck of ResNet-50 (`wide` 4). He et al., CVPR 2016."""
-
-    def __init__(self, n: int, c: int, f: int, stride: int, wide: int) -> None:
-        super().__init__()
-        conv, norm = KINDS[n]["conv"], KINDS[n]["norm"]
-        steps: list[nn.Module]
-        if wide == 1:
-            steps = [unit(n, c, f, 3, stride=stride), conv(f, f, 3, padding=1, bias=False), norm(f)]
-        else:
-            steps = [
-                unit(n, c, f, 1),
-                unit(n, f, f, 3, stride=stride),
-                conv(f, f * wide, 1, bias=False),
-                norm(f * wide),
-            ]
-        self.body = nn.Sequential(*steps)
-        self.skip = nn.Sequential()
-        if stride != 1 or c != f * wide:
-            self.skip = nn.Sequential(conv(c, f * wide, 1, stride=stride, bias=False), norm(f * wide))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu_(self.body(x) + self.skip(x))
-
-
-class ResNet(nn.Module):
-    """ResNet with the published number of blocks and a narrow base."""
-
-    def __init__(self, n: int, blocks: Sequence[int], wide: int, base: int = 4) -> None:
-        super().__init__()
-        self.stem = nn.Sequential(unit(n, 3, base, 7, stride=2), KINDS[n]["max"](3, 2, 1))
-        layers, c = [], base
-        for level, count in enumerate(blocks):
-            for i in range(count):
-                layers.append(Residual(n, c, base << level, 2 if level and not i else 1, wide))
-                c = (base << level) * wide
-        self.layers, self.pool, self.head = nn.Sequential(*layers), KINDS[n]["mean"](1), nn.Linear(c, 5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.pool(self.layers(self.stem(x))).flatten(1))
+    conv, norm = KINDS[n]
+    return nn.Sequential(conv(c, f, k, padding=pad, bias=False, **options), norm(f), nn.ReLU(inplace=True))
 
 
 class Inception(nn.Module):
@@ -163,10 +120,10 @@ class Outside:
 
 SPACE, PLANE = ("d2", "d2h2", "d4"), ("h2", "h2w2", "n2h2")
 MODELS = {
-    "resnet18_2d": Outside(lambda: ResNet(2, (2, 2, 2, 2), 1), (2, 3, 67, 64), PLANE),
-    "resnet50_2d": Outside(lambda: ResNet(2, (3, 4, 6, 3), 4), (2, 3, 64, 64), PLANE),
-    "resnet18_3d": Outside(lambda: ResNet(3, (2, 2, 2, 2), 1), (4, 3, 32, 33, 32), SPACE),
-    "resnet50_3d": Outside(lambda: ResNet(3, (3, 4, 6, 3), 4, base=4), (4, 3, 32, 32, 32), SPACE),
+    "resnet18_2d": Outside(lambda: resnet18(2, classes=5, base=4), (2, 3, 67, 64), PLANE),
+    "resnet50_2d": Outside(lambda: resnet50(2, classes=5, base=4), (2, 3, 64, 64), PLANE),
+    "resnet18_3d": Outside(lambda: resnet18(3, classes=5, base=4), (4, 3, 32, 33, 32), SPACE),
+    "resnet50_3d": Outside(lambda: resnet50(3, classes=5, base=4), (4, 3, 32, 32, 32), SPACE),
     "inception": Outside(Inception, (2, 3, 19, 17), PLANE),
     "densenet": Outside(Dense, (2, 3, 10, 9, 8), SPACE),
     "convnext": Outside(ConvNeXt, (2, 3, 36, 32), PLANE),

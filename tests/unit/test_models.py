@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from meshwright.models.cosmoflow import CosmoFlow
 from meshwright.models.losses import hard_dice, soft_dice
+from meshwright.models.resnet import ResNet, resnet18, resnet50
 from meshwright.models.small_unet import SmallUNet, benchmark_unet
 from meshwright.models.unet3d import UNet3D
 
@@ -119,3 +122,10 @@ def test_soft_dice_of_certain_logits_is_hard_dice_and_its_gradient_is_right() ->
     moved = logits.detach() - step * logits.grad / logits.grad.norm()
     expected = soft_dice(logits.detach(), target).item() - step * logits.grad.norm().item()
     assert soft_dice(moved, target).item() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize(("make", "count"), [(resnet18, 11_689_512), (resnet50, 25_557_032)])
+def test_resnets_have_the_published_counts(make: Callable[..., ResNet], count: int) -> None:
+    """Those of the ImageNet networks everybody uses; the volumetric form answers too."""
+    assert sum(p.numel() for p in make().parameters()) == count
+    assert make(3, classes=4, base=4)(torch.zeros(2, 3, 33, 32, 17)).shape == (2, 4)
