@@ -176,6 +176,7 @@ CASES = [
     case("hard_mining", lambda x: (x.mean((0, 1)) ** 2).topk(5)[0].mean(), X1, planes(64)),
     case("norm_negative_few", lambda x: torch.linalg.vector_norm(x, -1.0, dim=2), FEW),
     case("rot90", lambda x: torch.rot90(x, 1, (2, 3)) * 2, X2, 4),
+    case("rot90_whole_turn", lambda x: torch.rot90(x, 4, (2, 3)) * 2, X2, 0),
     case("dist", lambda x: torch.dist(x, x.flip(1) * 2), X3, planes(4)),
     case("matrix_vector", lambda x: torch.mv(x[0, 0], x[1, 0, 0]) + torch.dot(x[0, 0, 0], x[0, 0, 1]), X2),
     case("kthvalue", lambda x: x.kthvalue(3, 2), X3, 6),

@@ -80,6 +80,7 @@ CASES = [
     case("var_mean", lambda x: torch.var_mean(x, (2, 3), correction=0), X2, bound=kept(8)),
     case("standardise", lambda x: (x - x.mean()) / (x.std() + 1e-6), X3),
     case("norm_all", lambda x: x.norm(), X3),
+    case("norm_of_half", lambda x: (20 * x).half().norm().to(x.dtype), X3, grad=False, tolerance=1e-3),
     case("norm_space", lambda x: torch.linalg.vector_norm(x, dim=(2, 3)), X2, bound=kept(8)),
     case("norm_one", lambda x: x.norm(p=1, dim=1), X2, bound=NOTHING),
     case("prod_channels", lambda x: x.prod(1), X2, bound=NOTHING),

@@ -17,6 +17,7 @@ SCENARIOS = [
     Scenario("channels_last_3d", flow.channels_last, plans=("d4", "h4", "d2h2", "n2d2"), limit=0.0),
     Scenario("no_grad_eval", flow.no_grad_eval),
     Scenario("inference_mode", flow.inference_mode),
+    Scenario("inference_then_training", flow.inference_then_training),
     Scenario("autograd_grad", flow.autograd_grad, plans=("d4", "d2h2", "n2d2")),
     Scenario("no_sync", flow.no_sync, plans=("d4", "d2h2", "n2d2")),
     Scenario("accumulate", flow.accumulate, plans=("d4", "n2d2")),

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from harness import whole
 from scenario_kit import Errors, against, gradients, net, objective, sample, trained
 from torch import Tensor, nn
@@ -126,6 +127,26 @@ def inference_mode(plan: mw.Plan) -> Errors:
     module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
     with torch.inference_mode():
         return against({"output": module(mw.shard(x, plan)).full_tensor().clone()}, {"output": plain(x).clone()})
+
+
+def inference_then_training(plan: mw.Plan) -> Errors:
+    """What a rule keeps from its first call, in inference mode, serves training too."""
+    found = []
+    for split in (True, False):
+        x = mw.shard(sample(), plan) if split else sample()
+        with torch.inference_mode():
+            resized(x)
+        x.requires_grad_()
+        y = resized(x)
+        (y * y).sum().backward()
+        assert x.grad is not None
+        found.append({"output": whole(y), "gradient": whole(x.grad)})
+    return against(*found)
+
+
+def resized(x: Tensor) -> Tensor:
+    volume = F.interpolate(x, scale_factor=1.5, mode="trilinear", align_corners=True)
+    return F.interpolate(volume.flatten(1, 2), scale_factor=0.7, mode="bicubic")
 
 
 def autograd_grad(plan: mw.Plan) -> Errors:

@@ -13,7 +13,7 @@ import torch.distributed as dist
 import meshwright as mw
 from meshwright.errors import RankError
 from meshwright.models.small_unet import benchmark_unet
-from meshwright.parallel.shared import LARGEST_KEPT_BYTES
+from meshwright.parallel.shared import LARGEST_KEPT_BYTES, MOST_UNREAD
 from meshwright.parallel.transport import VARIABLE, Transfer, channels
 
 
@@ -90,6 +90,34 @@ def trained() -> list[torch.Tensor]:
         (model(x) ** 2).mean().backward()
         optimizer.step()
     return [p.full_tensor().detach() for p in model.parameters()]
+
+
+def one_rank_runs_ahead() -> tuple[int, bool]:
+    """Thousands of pieces one way, to a rank that begins late; then as many both ways, all posted before any wait."""
+    group, me = dist.new_group(), dist.get_rank()
+    (channel,) = channels(group).values()
+    whole, pieces = True, 3000
+    if me:
+        dist.barrier()
+    for number in range(pieces):
+        buffer = torch.empty(3, dtype=torch.int64)
+        Transfer(group, [(1, buffer.fill_(number))] if not me else [], [(0, buffer)] if me else []).wait()
+        whole = whole and buffer.tolist() == [number] * 3
+        if number == MOST_UNREAD // 2 and not me:
+            dist.barrier()
+    posted, buffers = [], [torch.empty(2, dtype=torch.int64) for _ in range(pieces)]
+    for number, buffer in enumerate(buffers):
+        posted.append(Transfer(group, [(1 - me, torch.full((2,), number))], [(1 - me, buffer)]))
+    for transfer in posted:
+        transfer.wait()
+    return len(channel._slots), whole and all(int(b[1]) == number for number, b in enumerate(buffers))
+
+
+def test_a_rank_that_runs_ahead_waits_for_its_neighbour() -> None:
+    """Few pieces lie unread, so that neither memory nor open files grow with the lead."""
+    for slots, whole in mw.launch(one_rank_runs_ahead, ranks=2):
+        assert slots <= MOST_UNREAD
+        assert whole
 
 
 def test_both_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

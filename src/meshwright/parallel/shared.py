@@ -19,6 +19,7 @@ import torch
 
 SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
 LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
+MOST_UNREAD = 64  # pieces that may lie unread: each is memory and an open file, and a pipe holds few tokens
 _TOKEN = struct.Struct("=iiqq")  # number of the slot, its file, its size, bytes of the piece
 _ACK = struct.Struct("=i")
 
@@ -47,8 +48,12 @@ class Channel:
     _theirs: dict[int, torch.Tensor] = field(default_factory=dict)  # the neighbour's slots by number
     _expected: deque[torch.Tensor] = field(default_factory=deque)  # buffers in the order of the pieces to come
 
-    def send(self, piece: torch.Tensor) -> None:
-        """Copy `piece` (any strides) to shared memory and ring. Never waits: where all slots are busy it makes one."""
+    def send(self, piece: torch.Tensor, limit_s: float) -> None:
+        """Copy `piece` (any strides) to shared memory and ring. Waits only where the neighbour is far behind.
+
+        Raises RuntimeError when it has ended or takes nothing for `limit_s`.
+        """
+        self._await_room(limit_s)
         nbytes = piece.numel() * piece.element_size()
         slot = self._free_slot(nbytes)
         slot.memory[:nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
@@ -92,6 +97,20 @@ class Channel:
             os.write(self.ack_out, _ACK.pack(number))
         except OSError as error:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended ({error})") from error
+
+    def _await_room(self, limit_s: float) -> None:
+        """Until few enough pieces lie unread. What arrives meanwhile is taken: the neighbour may wait likewise."""
+        while sum(slot.busy for slot in self._slots) >= MOST_UNREAD:
+            poll = select.poll()
+            poll.register(self.ack_in, select.POLLIN)
+            if self._expected:
+                poll.register(self.bell_in, select.POLLIN)
+            ready = dict(poll.poll(limit_s * 1000))
+            if not ready:
+                raise RuntimeError(f"process {self.pid} took none of {MOST_UNREAD} pieces within {limit_s:g} s")
+            if self.bell_in in ready:
+                self._take(self._expected.popleft(), limit_s)
+            self._read_acks()
 
     def _free_slot(self, nbytes: int) -> _Slot:
         self._read_acks()

@@ -45,7 +45,8 @@ def channels(group: dist.ProcessGroup) -> dict[int, Channel]:
     All ranks decide alike: one that lies elsewhere, or cannot open a file of another, turns shared memory off for all.
     """
     ranks, me = dist.get_world_size(group), dist.get_rank(group)
-    if not 1 < ranks <= MOST_NEIGHBOURS + 1:
+    on_cpu = any(device.type == "cpu" for device in group._device_types)  # else there is nothing to carry, nor agree by
+    if not on_cpu or not 1 < ranks <= MOST_NEIGHBOURS + 1:
         return {}
     ours: dict[int, list[int]] = {}  # per neighbour both ends of this rank's bell and of its acknowledgements
     mine, found = torch.zeros(2 + 2 * ranks, dtype=torch.int64), {}
@@ -98,7 +99,7 @@ class Transfer:
             for peer, buffer in self._receives:
                 self._channels[peer].expect(buffer)
             for peer, piece in sends:
-                self._channels[peer].send(piece)
+                self._channels[peer].send(piece, exchange_timeout_s())
         elif tensors:
             self._keep = [piece.contiguous() for _, piece in sends]
             operations = [dist.P2POp(dist.irecv, b, group=group, group_peer=peer) for peer, b in self._receives]

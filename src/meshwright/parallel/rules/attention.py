@@ -23,6 +23,7 @@ from meshwright.parallel.operators import operator
 from meshwright.parallel.redistribute import from_local, redistribute, replicate, to_local
 from meshwright.parallel.rules.aside import whole_dims
 from meshwright.parallel.rules.pointwise import aligned, cut
+from meshwright.parallel.rules.windows import nothing
 from meshwright.parallel.tensor import like
 
 _Parts = tuple[Placements, torch.Tensor, list[torch.Tensor]]
@@ -52,6 +53,11 @@ def _rows_against_all(rows: Any, others: Sequence[Any], cause: Cause) -> _Parts 
         to_local(redistribute(rows, out, cause)),
         [to_local(redistribute(t, whole, cause), apart) for t in others],
     )
+
+
+def _one(t: torch.Tensor) -> torch.Tensor:
+    """One element that hangs on `t`, for a rank without rows (see `nothing`)."""
+    return t.new_zeros((1,) * t.ndim) + t.narrow(0, 0, 0).sum().to(t.dtype)
 
 
 @function(F.scaled_dot_product_attention)
@@ -86,9 +92,13 @@ def attention(
         mask = cut(mask, aligned(layout, tuple(attn_mask.shape), scores), mesh)
     if mine.numel():
         out = F.scaled_dot_product_attention(mine, keys, values, mask, scale=scale)
-    else:  # without rows: the shape, and a part in the exchanges of backward
-        empty = mine @ keys.transpose(-1, -2)
-        out = (empty if mask is None or not mask.is_floating_point() else empty + mask) @ values
+    else:
+        bias = _one(mask) if mask is not None and mask.is_floating_point() else None
+        out = nothing(
+            mine,
+            (*mine.shape[:-1], values.shape[-1]),
+            lambda one: F.scaled_dot_product_attention(one, _one(keys), _one(values), bias, scale=scale),
+        )
     return from_local(out, mesh, layout, (*q.shape[:-1], v.shape[-1]), cause.ledger)
 
 
@@ -101,8 +111,15 @@ def cdist(x1: Any, x2: Any, p: float = 2.0, compute_mode: str = "use_mm_for_eucl
     parts = _rows_against_all(first, (second,), cause)
     if parts is None or not math.prod(first.shape):
         return NotImplemented
-    layout, mine, (all_second,) = parts
-    out = torch.cdist(mine, all_second, p, compute_mode) if mine.numel() else mine @ all_second.transpose(-1, -2)
+    layout, mine, (points,) = parts
+    if compute_mode == "use_mm_for_euclid_dist_if_necessary":  # torch looks at the sizes: here at those of the whole
+        multiplies = max(first.shape[-2], second.shape[-2]) > 25
+        compute_mode = "use_mm_for_euclid_dist" if multiplies else "donot_use_mm_for_euclid_dist"
+    if mine.numel():
+        out = torch.cdist(mine, points, p, compute_mode)
+    else:
+        shape = (*mine.shape[:-1], points.shape[-2])
+        out = nothing(mine, shape, lambda one: torch.cdist(one, _one(points), p, compute_mode))
     return from_local(out, mesh, layout, (*first.shape[:-1], second.shape[-2]), cause.ledger)
 
 

@@ -15,8 +15,10 @@ def rot90(input: Any, k: int = 1, dims: Sequence[int] = (0, 1)) -> Any:
     """Quarter turns in the plane of two dims: a flip and a transposition, which renumbers the splits."""
     first, second = dims
     turns = k % 4
-    if len({first % input.ndim, second % input.ndim}) != 2 or turns == 0:
+    if len({first % input.ndim, second % input.ndim}) != 2:
         return NotImplemented
+    if turns == 0:
+        return input.clone()
     if turns == 2:
         return input.flip((first, second))
     if turns == 1:

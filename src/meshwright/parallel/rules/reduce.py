@@ -206,13 +206,17 @@ def vector_norm(func: Any, args: Any, kwargs: Any) -> Any:
         else:
             local = func(r.local, order, r.dims, a["keepdim"], dtype=a["dtype"])
         return r.done(extreme_over_ranks(local, r.mesh, r.axes, cause, order > 0))
+    dtype = a["dtype"] or r.local.dtype
+    half = dtype in (torch.bfloat16, torch.float16)
+    wide = torch.float32 if half else a["dtype"]  # powers leave the range of fp16
     if r.empty_here() and order < 0:  # torch has no such norm of nothing; its share of the sum is 0
-        powers = r.local.abs().new_zeros(r.local_out_shape(), dtype=a["dtype"])
-        return r.done(all_reduce(powers, r.mesh, r.axes, cause) ** (1 / order))
-    local = func(r.local, order, r.dims, a["keepdim"], dtype=a["dtype"])
-    if order == 0:
-        return r.done(all_reduce(local, r.mesh, r.axes, cause))
-    return r.done(all_reduce(local**order, r.mesh, r.axes, cause) ** (1 / order))
+        powers = r.local.abs().new_zeros(r.local_out_shape(), dtype=wide)
+    else:
+        local = func(r.local, order, r.dims, a["keepdim"], dtype=wide)
+        powers = local if order == 0 else local**order
+    total = all_reduce(powers, r.mesh, r.axes, cause)
+    total = total if order == 0 else total ** (1 / order)
+    return r.done(total.to(dtype) if half else total)
 
 
 @operator(aten._softmax.default, aten._log_softmax.default)

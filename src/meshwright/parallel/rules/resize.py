@@ -63,6 +63,7 @@ class Taps:
 
 
 @lru_cache(maxsize=1024)
+@torch.inference_mode(False)  # kept for training that follows
 def _taps(s: Sampling) -> Taps:
     """The taps of all outputs (torch, aten/src/ATen/native/UpSample.h)."""
     dtype = torch.float64 if s.double else torch.float32

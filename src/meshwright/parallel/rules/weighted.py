@@ -41,6 +41,7 @@ class _Kind:
 
 
 @lru_cache(maxsize=256)
+@torch.inference_mode(False)  # kept for training that follows
 def _weights(kind: _Kind, size: int, dtype: torch.dtype) -> tuple[tuple[Interval, ...], torch.Tensor]:
     """For each output the interval that it reads, and [taps, out]: the weights from the interval's start on."""
     rows = []
