@@ -7,6 +7,7 @@ from functools import lru_cache
 import cases_conv
 import cases_corners
 import cases_dimwise
+import cases_found
 import cases_indices
 import cases_loss
 import cases_norm
@@ -36,6 +37,7 @@ OPERATIONS: list[Case] = [
     *cases_sampling.CASES,
     *cases_weights.CASES,
     *cases_pad.CASES,
+    *cases_found.CASES,
 ]
 KEYS: list[Key] = [(case.name, plan) for case in [*OPERATIONS, *scenarios.SCENARIOS] for plan in case.all_plans()]
 
