@@ -19,7 +19,7 @@ import torch
 
 SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
 LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
-MOST_UNREAD = 64  # pieces that may lie unread: each is memory and an open file, and a pipe holds few tokens
+MOST_UNREAD = 16  # pieces that may lie unread: each is memory and an open file, and a pipe holds few tokens
 _TOKEN = struct.Struct("=iiqq")  # number of the slot, its file, its size, bytes of the piece
 _ACK = struct.Struct("=i")
 

@@ -27,6 +27,7 @@ from meshwright.parallel.rules.windows import (
     enter,
     fetch_windows,
     nothing,
+    picked,
     raster,
     result_dtype,
     unravelled,
@@ -227,7 +228,7 @@ def _expanded(local: torch.Tensor, d: _Dim) -> tuple[torch.Tensor, torch.Tensor]
         return local, torch.arange(d.base, d.base + size, device=local.device)
     width = max(b.size for b in d.bins)
     table = torch.tensor([min(b.lo + j, b.hi - 1) for b in d.bins for j in range(width)], device=local.device)
-    return local.index_select(d.dim, table), table + d.base
+    return picked(local, d.dim, table), table + d.base
 
 
 def adaptive_max_pool(n: int, input: Any, output_size: Any, return_indices: bool = False) -> Any:

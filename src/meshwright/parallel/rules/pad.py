@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from meshwright.parallel.exchange import Line
 from meshwright.parallel.functions import function
-from meshwright.parallel.rules.windows import enter, fetch_windows, nothing, result_dtype
+from meshwright.parallel.rules.windows import enter, fetch_windows, nothing, picked, result_dtype
 from meshwright.plan.geometry import Interval, chunks
 
 _SOURCE: dict[str, Callable[[int, int], int]] = {
@@ -63,7 +63,7 @@ def _padded(local: torch.Tensor, size: int, mode: str, before: int, after: int, 
         return window
     places = {at: i for i, at in enumerate(held)}
     index = torch.tensor([places[at] for at in tables[line.me]], dtype=torch.int64, device=local.device)
-    return window.index_select(line.dim, index)
+    return picked(window, line.dim, index)
 
 
 @lru_cache(maxsize=1024)

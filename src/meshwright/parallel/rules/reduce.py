@@ -73,8 +73,16 @@ def sum_(func: Any, args: Any, kwargs: Any) -> Any:
     """Local sums, added up."""
     a = arguments(func, args, kwargs)
     r = Reduction(a["self"], a.get("dim"), a.get("keepdim", False))
-    local = aten.sum.dim_IntList(r.local, r.dims, a.get("keepdim", False), dtype=a["dtype"])
-    return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args)) if r.axes else local)
+    return r.done(_added(aten.sum.dim_IntList, r, a.get("keepdim", False), a["dtype"], cause_of(func, args)))
+
+
+def _added(sums: Any, r: Reduction, keepdim: bool, dtype: torch.dtype | None, cause: Cause) -> torch.Tensor:
+    """Local sums, added up; those of half precision in fp32, rounded once as on one device."""
+    out_dtype = dtype or r.local.dtype
+    half = bool(r.axes) and out_dtype in (torch.bfloat16, torch.float16)
+    local: torch.Tensor = sums(r.local, r.dims, keepdim, dtype=torch.float32 if half else dtype)
+    total = all_reduce(local, r.mesh, r.axes, cause) if r.axes else local
+    return total.to(out_dtype) if half else total
 
 
 @operator(aten.nansum.default)
@@ -82,8 +90,7 @@ def nansum(func: Any, args: Any, kwargs: Any) -> Any:
     """Local sums of what is a number, added up."""
     a = arguments(func, args, kwargs)
     r = Reduction(a["self"], a["dim"], a["keepdim"])
-    local = aten.nansum.default(r.local, r.dims, a["keepdim"], dtype=a["dtype"])
-    return r.done(all_reduce(local, r.mesh, r.axes, cause_of(func, args)) if r.axes else local)
+    return r.done(_added(aten.nansum.default, r, a["keepdim"], a["dtype"], cause_of(func, args)))
 
 
 @operator(aten.mean.default, aten.mean.dim)

@@ -22,7 +22,7 @@ from meshwright.parallel.exchange import Fetch, Line
 from meshwright.parallel.functions import function
 from meshwright.parallel.rules.adaptive import adaptive_avg_pool
 from meshwright.parallel.rules.weighted import weighted
-from meshwright.parallel.rules.windows import Space, enter, nothing
+from meshwright.parallel.rules.windows import Space, enter, nothing, picked
 from meshwright.plan.geometry import Interval, chunks
 
 aten = torch.ops.aten
@@ -97,7 +97,7 @@ def _window(local: torch.Tensor, s: Sampling, taps: Taps, line: Line) -> tuple[t
     own = have[line.me]
     if len(taps.used) < s.size:
         mine = positions[held[line.me].lo : held[line.me].hi] - own.lo
-        local = local.index_select(line.dim, mine.to(local.device))
+        local = picked(local, line.dim, mine.to(local.device))
     wanted = tuple(
         Interval(taps.low[out.lo], taps.high[out.hi - 1] + 1) if out.size else Interval(home.lo, home.lo)
         for out, home in zip(chunks(s.out, line.ranks), held, strict=True)
@@ -127,11 +127,11 @@ def _resample(local: torch.Tensor, s: Sampling, window: Interval, line: Line) ->
     low = torch.tensor(taps.low[out.lo : out.hi], device=local.device) - window.lo
     if s.mode != "linear":
         if tuple(low.tolist()) != _nearest(s, size, out.size):
-            local = local.index_select(dim, low)
+            local = picked(local, dim, low)
         return local, _Rest(out.size, None, 0, out.size)
     high = torch.tensor(taps.high[out.lo : out.hi], device=local.device) - window.lo
     weight = taps.weight[out.lo : out.hi].to(local.device, local.dtype).view(-1, *(1 for _ in local.shape[dim + 1 :]))
-    local = local.index_select(dim, low) * (1 - weight) + local.index_select(dim, high) * weight
+    local = picked(local, dim, low) * (1 - weight) + picked(local, dim, high) * weight
     return local, _Rest(out.size, None, 0, out.size)
 
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from meshwright.parallel.exchange import Line
 from meshwright.parallel.layout import splits
-from meshwright.parallel.rules.windows import enter, fetch_windows, nothing
+from meshwright.parallel.rules.windows import enter, fetch_windows, nothing, picked
 from meshwright.plan.geometry import Interval, chunks
 
 _ROWS = 256  # unit vectors resampled at once
@@ -76,7 +76,7 @@ def _resampled(local: torch.Tensor, dim: int, kind: _Kind, size: int, base: int,
         if not row.any():
             continue
         at = (first + tap).clamp(max=local.shape[dim] - 1).to(local.device)
-        term = local.index_select(dim, at) * row.to(local.device).view(shape)
+        term = picked(local, dim, at) * row.to(local.device).view(shape)
         y = term if y is None else y + term
     assert y is not None, "weights of an output add up to 1"
     return y

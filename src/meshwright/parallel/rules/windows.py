@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.exchange import Line, fetch
 from meshwright.parallel.functions import cause_for, placements_of
+from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import Placements, axis_of, local_shape
 from meshwright.parallel.redistribute import from_local, to_local
 from meshwright.plan.geometry import Interval, chunks
@@ -70,6 +71,13 @@ def nothing(local: torch.Tensor, shape: Sequence[int], plain: Callable[[torch.Te
     """
     one = local.new_zeros((1,) * local.ndim) + local.narrow(0, 0, 0).sum().to(local.dtype)
     return plain(one).narrow(0, 0, 0).reshape(tuple(shape))
+
+
+def picked(local: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+    """`index_select` along a spatial dim; torch's own forgets channels_last."""
+    if local.ndim < 4 or memory_format(local) is torch.contiguous_format:
+        return local.index_select(dim, index)
+    return local.movedim(1, -1).index_select(dim - 1, index).movedim(-1, 1)
 
 
 def raster(places: Sequence[torch.Tensor], whole: Sequence[int]) -> torch.Tensor:
