@@ -32,7 +32,7 @@ def every(name: str, loss: Loss, *inputs: Input, bound: Bound = SCALARS, **optio
             warnings.simplefilter("ignore")  # of shapes that broadcast, which is meant
             return [loss(*args, reduction) for reduction in ("none", "mean", "sum")]
 
-    return Case(f"loss_{name}", lambda: Call(call), inputs or (X, UNIT), bound, **options)
+    return Case(f"losses_{name}", lambda: Call(call), inputs or (X, UNIT), bound, **options)
 
 
 def signs(t: Tensor) -> Tensor:
@@ -192,10 +192,10 @@ CASES = [
         *(ROWS, ROW_LABELS, Input((5,), kind="unit", plain=True)),
     ),
     every("multilabel_margin", lambda x, y, r: F.multilabel_margin_loss(x, y, reduction=r), ROWS, MANY_LABELS),
-    Case("loss_dice", lambda: Call(dice), (X, PARTS), SAMPLES),
-    Case("loss_focal", lambda: Call(focal), (X, LABELS), SCALARS),
-    Case("loss_tversky", lambda: Call(tversky), (X, UNIT)),
-    Case("loss_ssim_mean", lambda: Call(lambda a, b: ssim(a, b, nn.AvgPool2d(3, 1))), (X, UNIT)),
-    Case("loss_ssim_gaussian", lambda: Call(lambda a, b: ssim(a, b, gaussian)), (X, UNIT)),
-    Case("loss_correlation", lambda: Call(correlation), (Input((3, 4, 9, 10, 7)), Input((3, 4, 9, 10, 7)))),
+    Case("losses_dice", lambda: Call(dice), (X, PARTS), SAMPLES),
+    Case("losses_focal", lambda: Call(focal), (X, LABELS), SCALARS),
+    Case("losses_tversky", lambda: Call(tversky), (X, UNIT)),
+    Case("losses_ssim_mean", lambda: Call(lambda a, b: ssim(a, b, nn.AvgPool2d(3, 1))), (X, UNIT)),
+    Case("losses_ssim_gaussian", lambda: Call(lambda a, b: ssim(a, b, gaussian)), (X, UNIT)),
+    Case("losses_correlation", lambda: Call(correlation), (Input((3, 4, 9, 10, 7)), Input((3, 4, 9, 10, 7)))),
 ]
