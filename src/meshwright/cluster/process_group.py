@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -18,6 +19,7 @@ from meshwright.cluster.place import Place, find_place
 from meshwright.errors import PlanError
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_forget: list[Callable[[], None]] = []
 _HOW = "start as many ranks as the plan needs: mw.launch(fn, ranks=…), torchrun --nproc-per-node=…, srun or mpirun"
 
 
@@ -162,7 +164,19 @@ def _gloo_on_loopback(wanted: bool) -> Iterator[None]:
             os.environ["GLOO_SOCKET_IFNAME"] = before
 
 
+def when_leaving(forget: Callable[[], None]) -> None:
+    """Have `forget` drop what it keeps of the process groups before they are closed."""
+    _forget.append(forget)
+
+
 def leave() -> None:
-    """Close every process group of this process, if there is one."""
+    """Close every process group of this process, if there is one, and end their threads.
+
+    gloo ends the threads of a group with the last reference to it. One that lives on while the interpreter ends may
+    ask for its lock to free a tensor, and the process then aborts ("terminate called without an active exception").
+    """
     if dist.is_initialized():
+        for forget in _forget:
+            forget()
         dist.destroy_process_group()
+        gc.collect()

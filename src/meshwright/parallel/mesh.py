@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from meshwright.cluster.process_group import ensure_process_group, set_time_limit
+from meshwright.cluster.process_group import ensure_process_group, set_time_limit, when_leaving
 from meshwright.parallel.transport import channels
 from meshwright.plan.plan import Plan
 
@@ -73,3 +73,12 @@ def reduction_groups(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, DeviceMesh]:
     set_time_limit(world)
     names = tuple(mesh.mesh_dim_names or ())
     return world, _limited(init_device_mesh(mesh.device_type, sizes(mesh), mesh_dim_names=names))
+
+
+def _forget() -> None:
+    _meshes.clear()
+    for cached in (group, coordinates, sizes, reduction_groups, channels):
+        cached.cache_clear()
+
+
+when_leaving(_forget)

@@ -20,6 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 
+from meshwright.cluster.process_group import when_leaving
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import Ledger, where
 from meshwright.parallel.layout import Placements, global_strides
@@ -27,6 +28,7 @@ from meshwright.parallel.layout import Placements, global_strides
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _dispatch: Callable[..., Any] | None = None
 _specs: dict[tuple[object, ...], DTensorSpec] = {}
+when_leaving(_specs.clear)  # they hold meshes, which hold groups
 
 
 def set_dispatcher(dispatcher: Callable[..., Any]) -> None:

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch.autograd import Variable
 from torch.distributed.tensor import Shard
+from torch.utils.weak import WeakIdKeyDictionary
 
 from meshwright.errors import ExchangeError, UnsupportedError
 from meshwright.parallel.account import totals
@@ -102,13 +103,18 @@ def _as_summand(grad: Any) -> None:
     grad._spec = spec_of(spec.mesh, held, shape, tuple(whole.stride()), whole.dtype)
 
 
+def _living(bucket: list[weakref.ref[Any]]) -> list[Any]:
+    return [p for p in (ref() for ref in bucket) if p is not None]
+
+
 class Reducer:
     """The bucketed reduction of one parallelized module."""
 
     def __init__(self, module: torch.nn.Module) -> None:
         self.enabled = True
-        self._buckets: list[list[Any]] = []
-        self._place: dict[int, int] = {}  # id of a parameter -> its bucket
+        # Weak: the parameters' hooks hold the reducer, and a cycle through a hook is never collected.
+        self._buckets: list[list[weakref.ref[Any]]] = []
+        self._place: Any = WeakIdKeyDictionary()  # parameter -> its bucket
         self._reset()
         self.adopt(module)
 
@@ -121,7 +127,7 @@ class Reducer:
             for p in module.parameters()
             if p.requires_grad
             and is_mesh(p)
-            and id(p) not in self._place
+            and p not in self._place
             # not what `functional_call` puts in their place for one call
             and isinstance(p, torch.nn.Parameter)
             and p.is_leaf
@@ -133,15 +139,15 @@ class Reducer:
             if nbytes >= limit:
                 self._buckets.append([])
                 nbytes = 0
-            self._buckets[-1].append(p)
-            self._place[id(p)] = len(self._buckets) - 1
+            self._buckets[-1].append(weakref.ref(p))
+            self._place[p] = len(self._buckets) - 1
             nbytes += p._local_tensor.numel() * p._local_tensor.element_size()
             p.register_post_accumulate_grad_hook(self._ready)
         if found:
             self._reset()
 
     def _reset(self) -> None:
-        self._missing = [{id(p) for p in bucket} for bucket in self._buckets]
+        self._missing = [{id(p) for p in _living(bucket)} for bucket in self._buckets]
         self._started = 0
         self._flights: list[_Flight] = []
         self._queued, self._task = False, -1
@@ -160,7 +166,7 @@ class Reducer:
         if not self._queued:
             self._queued, self._task = True, task
             Variable._execution_engine.queue_callback(self._finish)
-        place = self._place[id(p)]
+        place = self._place[p]
         if place < self._started:
             raise UnsupportedError(
                 "a gradient was accumulated again after its sum had started (a parameter used in several reentrant "
@@ -172,7 +178,7 @@ class Reducer:
 
     def _start_next(self) -> None:
         groups: dict[tuple[Any, ...], list[Any]] = {}
-        for p in self._buckets[self._started]:
+        for p in _living(self._buckets[self._started]):
             if p.grad is not None:
                 _as_summand(p.grad)
             axes = () if p.grad is None else partial_axes(tuple(p.grad._spec.placements))
