@@ -53,7 +53,8 @@ def test_image_and_label_are_what_the_task_says(folder: Path, factor: int) -> No
         blocks = values(folder, kind)[cut].reshape(d, factor, h, factor, w, factor)
         return blocks.mean(axis=(1, 3, 5))
 
-    image, label, _ = part.read(0, whole(part))
+    read = part.read(0, whole(part))
+    image, label = read.image, read.label
     assert (image.shape, label.shape) == ((1, 1, d, h, w), (1, d, h, w))
     assert (image.dtype, label.dtype) == (torch.float32, torch.uint8)
     np.testing.assert_allclose(image[0, 0].numpy(), (means("t1") - 128) / 64, rtol=1e-6)
@@ -66,10 +67,12 @@ def test_image_and_label_are_what_the_task_says(folder: Path, factor: int) -> No
 @given(data=st.data(), factor=st.sampled_from([1, 2, 3, 4]))
 def test_any_part_has_the_bits_of_the_whole(folder: Path, data: st.DataObject, factor: int) -> None:
     part = MniPart(Template.open(folder), "small", BOX, factor)
-    image, label, _ = part.read(0, whole(part))
+    read = part.read(0, whole(part))
+    image, label = read.image, read.label
     ends = [sorted(data.draw(st.tuples(st.integers(0, size), st.integers(0, size)))) for size in part.shape()]
     spans = tuple(slice(lo, hi) for lo, hi in ends)
-    part_image, part_label, stats = part.read(0, spans)
+    cut = part.read(0, spans)
+    part_image, part_label, stats = cut.image, cut.label, cut.stats
     assert torch.equal(part_image, image[(..., *spans)])
     assert torch.equal(part_label, label[(..., *spans)])
     assert stats.part_bytes == stats.ideal_part_bytes == part_label.numel() * 5
@@ -80,11 +83,13 @@ def test_any_part_has_the_bits_of_the_whole(folder: Path, data: st.DataObject, f
 def test_parts_of_all_ranks_make_the_whole(folder: Path) -> None:
     part = MniPart(Template.open(folder), "small", BOX, 2)
     plan = Plan.uniform(depth=2, height=2, width=2)
-    image, label, _ = part.read(0, whole(part))
+    read = part.read(0, whole(part))
+    image, label = read.image, read.label
     seen = torch.zeros_like(label)
     for rank in range(plan.ranks):
         spans = interval(part.shape(), plan, rank, layout="DHW")
-        part_image, part_label, _ = part.read(0, spans)
+        cut = part.read(0, spans)
+        part_image, part_label = cut.image, cut.label
         assert torch.equal(part_image[0, 0], image[0, 0][spans])
         assert torch.equal(part_label[0], label[0][spans])
         seen[0][spans] += 1

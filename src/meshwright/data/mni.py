@@ -11,7 +11,7 @@ Template: Fonov et al., "Unbiased average age-appropriate brain templates from b
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +21,7 @@ import torch
 
 from meshwright.data.nifti import Array, Volume, open_volume, see_matching
 from meshwright.data.planes import Planes
-from meshwright.data.source import Part, kept
+from meshwright.data.source import IMAGE, LABEL, Field, Part, kept
 from meshwright.errors import DataError
 
 CLASSES = ("other", "grey", "white")
@@ -90,6 +90,10 @@ class MniPart:
     def classes(self) -> tuple[str, ...]:
         return CLASSES
 
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return {"image": IMAGE, "label": LABEL}
+
     def shape(self, index: int = 0) -> tuple[int, int, int]:
         """D, H, W in blocks; voxels that fill no whole block at the end are left out."""
         d, h, w = ((span.stop - span.start) // self.resolution_mm for span in self.box)
@@ -122,8 +126,7 @@ class MniPart:
         volume = self.template.t1
         plane_bytes = (fine[1].stop - fine[1].start) * volume.shape[2] * volume.dtype.itemsize
         return kept(
-            torch.from_numpy(image),
-            torch.from_numpy(label),
+            {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)},
             read_bytes=sum(planes.decoded_bytes for planes in files),
             ideal_read_bytes=sum(planes.box_bytes for planes in files),
             transient_bytes=len(files) * plane_bytes + 8 * 8 * h * w,  # planes of the files; sums in 64 bit

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,17 +13,19 @@ from meshwright.errors import DataError
 
 IMAGE_BYTES = 4  # float32
 LABEL_BYTES = 1  # uint8
+_IDEAL_BYTES = {"image": IMAGE_BYTES, "label": LABEL_BYTES}
 
 
 @dataclass(frozen=True)
 class ReadStats:
     """What a part cost beside what it had to cost, in bytes of this rank. Sums are over the parts read so far."""
 
-    read_bytes: int = 0  # decoded from files
+    read_bytes: int = 0  # decoded from files: whole chunks, whole streams
     ideal_read_bytes: int = 0  # of these, bytes that lie inside the part
     part_bytes: int = 0  # kept in memory
     ideal_part_bytes: int = 0  # image as float32 and label as uint8
     peak_bytes: int = 0  # most that reading held at one moment, the part included
+    shared_bytes: int = 0  # taken from the copy that one rank of this host decoded
 
     def __add__(self, other: ReadStats) -> ReadStats:
         return ReadStats(
@@ -33,15 +34,57 @@ class ReadStats:
             self.part_bytes + other.part_bytes,
             self.ideal_part_bytes + other.ideal_part_bytes,
             max(self.peak_bytes, self.part_bytes + other.peak_bytes),
+            self.shared_bytes + other.shared_bytes,
         )
 
 
-class Part(NamedTuple):
-    """A rank's part of samples: image [n, 1, d, h, w] float32, label [n, d, h, w] uint8, and what it cost."""
+@dataclass(frozen=True)
+class Field:
+    """A named tensor of a sample: `layout` has one letter a dim, D H W the volume's and any other for `sizes`.
 
-    image: Tensor
-    label: Tensor
-    stats: ReadStats
+    An image of two channels is `Field("CDHW", (2,), torch.float32)`, a label `Field("DHW", (), torch.uint8)`, a vector
+    of four numbers `Field("K", (4,), torch.float32)`.
+    """
+
+    layout: str
+    sizes: tuple[int, ...]  # of the dims of `layout` that are not D, H or W, in order
+    dtype: torch.dtype
+
+    def shape(self, volume: Sequence[int]) -> tuple[int, ...]:
+        """The shape of this field where the volume, or a box of it, is `volume` = D, H, W."""
+        own, space = iter(self.sizes), dict(zip("DHW", volume, strict=True))
+        return tuple(space[letter] if letter in space else next(own) for letter in self.layout)
+
+
+IMAGE = Field("CDHW", (1,), torch.float32)
+LABEL = Field("DHW", (), torch.uint8)
+
+
+class Part(Mapping[str, Tensor]):
+    """A rank's part of samples: named tensors [n, …], such as image [n, c, d, h, w] and label [n, d, h, w], and what it
+    cost. A plain mapping otherwise."""
+
+    def __init__(self, fields: Mapping[str, Tensor], stats: ReadStats) -> None:
+        self._fields, self.stats = dict(fields), stats
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._fields[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __len__(self) -> int:
+        return len(self._fields)
+
+    @property
+    def image(self) -> Tensor:
+        """[n, c, d, h, w] float32."""
+        return self._fields["image"]
+
+    @property
+    def label(self) -> Tensor:
+        """[n, d, h, w] uint8."""
+        return self._fields["label"]
 
 
 class VolumeSource(Protocol):
@@ -55,6 +98,10 @@ class VolumeSource(Protocol):
     def classes(self) -> tuple[str, ...]:
         """The name of each label value, from 0."""
 
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """What a sample consists of: at least "image"; the same for all samples."""
+
     def shape(self, index: int) -> tuple[int, int, int]:
         """D, H, W of sample `index`."""
 
@@ -65,16 +112,37 @@ class VolumeSource(Protocol):
         """The box `spans` (slices of D, H, W, as `mw.interval` gives them) of sample `index`; raises `DataError`."""
 
 
-def kept(image: Tensor, label: Tensor, *, read_bytes: int, ideal_read_bytes: int, transient_bytes: int) -> Part:
-    """A `Part` of arrays [d, h, w] with its bytes counted; `transient_bytes` were needed only while reading."""
-    part_bytes = image.numel() * image.element_size() + label.numel() * label.element_size()
-    ideal_part_bytes = math.prod(image.shape) * (IMAGE_BYTES + LABEL_BYTES)
-    stats = ReadStats(read_bytes, ideal_read_bytes, part_bytes, ideal_part_bytes, part_bytes + transient_bytes)
-    return Part(image[None, None], label[None], stats)
+def kept(
+    fields: Mapping[str, Tensor],
+    *,
+    read_bytes: int,
+    ideal_read_bytes: int,
+    transient_bytes: int,
+    shared_bytes: int = 0,
+) -> Part:
+    """A `Part` of one sample's tensors, as [1, …], its bytes counted; `transient_bytes` were needed while reading."""
+    part_bytes = sum(tensor.numel() * tensor.element_size() for tensor in fields.values())
+    ideal_part_bytes = sum(tensor.numel() * _IDEAL_BYTES.get(name, 4) for name, tensor in fields.items())
+    stats = ReadStats(
+        read_bytes, ideal_read_bytes, part_bytes, ideal_part_bytes, part_bytes + transient_bytes, shared_bytes
+    )
+    return Part({name: tensor[None] for name, tensor in fields.items()}, stats)
+
+
+def widened(spans: Sequence[slice], shape: Sequence[int], halo: int | Sequence[int]) -> tuple[slice, ...]:
+    """`spans` with `halo` more positions on both sides (one number, or one a dim), as far as `shape` reaches.
+
+    An empty span stays empty: a rank without positions needs no neighbours.
+    """
+    wide = [halo] * len(shape) if isinstance(halo, int) else list(halo)
+    return tuple(
+        slice(max(0, span.start - more), min(size, span.stop + more)) if span.stop > span.start else span
+        for span, size, more in zip(spans, shape, wide, strict=True)
+    )
 
 
 def batch_shape(source: VolumeSource, indices: Sequence[int]) -> tuple[int, int, int, int, int]:
-    """[N, 1, D, H, W] of a batch of samples. Raises `DataError` if their sizes differ."""
+    """[N, C, D, H, W] of a batch of samples. Raises `DataError` if their sizes differ."""
     shapes = [source.shape(index) for index in indices]
     for index, shape in zip(indices, shapes, strict=True):
         if shape != shapes[0]:
@@ -82,7 +150,8 @@ def batch_shape(source: VolumeSource, indices: Sequence[int]) -> tuple[int, int,
                 f"{source.names[indices[0]]} has shape {shapes[0]} but {source.names[index]} has {shape} (D, H, W); "
                 "samples of one batch need one size: crop or resample them, or set the batch to 1"
             )
-    return (len(indices), 1, *shapes[0])
+    (channels,) = source.fields["image"].sizes
+    return (len(indices), channels, *shapes[0])
 
 
 def read_batch(source: VolumeSource, indices: Sequence[int], spans: Sequence[slice]) -> Part:
@@ -90,15 +159,18 @@ def read_batch(source: VolumeSource, indices: Sequence[int], spans: Sequence[sli
 
     Only the samples inside the first slice are read. Raises `DataError` as the source does.
     """
-    _, _, d, h, w = batch_shape(source, indices)
     parts = [source.read(index, spans[2:]) for index in indices[spans[0]]]
     if not parts:  # more ranks along the sample axis than samples
-        sizes = [len(range(*span.indices(size))) for span, size in zip(spans[2:], (d, h, w), strict=True)]
-        return Part(torch.empty(0, 1, *sizes), torch.empty(0, *sizes, dtype=torch.uint8), ReadStats())
+        _, _, *volume = batch_shape(source, indices)
+        sizes = [len(range(*span.indices(size))) for span, size in zip(spans[2:], volume, strict=True)]
+        return Part(
+            {name: torch.empty(0, *field.shape(sizes), dtype=field.dtype) for name, field in source.fields.items()},
+            ReadStats(),
+        )
     if len(parts) == 1:
         return parts[0]
     stats = sum((part.stats for part in parts), ReadStats())
-    return Part(torch.cat([part.image for part in parts]), torch.cat([part.label for part in parts]), stats)
+    return Part({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, stats)
 
 
 class Kept:
@@ -115,6 +187,10 @@ class Kept:
     @property
     def classes(self) -> tuple[str, ...]:
         return self._source.classes
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return self._source.fields
 
     def shape(self, index: int) -> tuple[int, int, int]:
         return self._source.shape(index)

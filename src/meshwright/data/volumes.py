@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ import torch
 
 from meshwright.data.nifti import Array, Volume, open_volume, see_matching
 from meshwright.data.planes import Planes, read_box
-from meshwright.data.source import Part, kept
+from meshwright.data.source import IMAGE, LABEL, Field, Part, kept
 from meshwright.errors import DataError
 
 
@@ -41,6 +41,10 @@ class NiftiPairs:
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(pair.image.path.name for pair in self.pairs)
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return {"image": IMAGE, "label": LABEL}
 
     def shape(self, index: int) -> tuple[int, int, int]:
         return self.pairs[index].image.shape
@@ -76,8 +80,7 @@ class NiftiPairs:
         _, h, w = pair.image.shape
         plane_bytes = h * w * max(pair.image.dtype.itemsize, pair.label.dtype.itemsize)
         return kept(
-            torch.from_numpy(image),
-            torch.from_numpy(label),
+            {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)},
             read_bytes=scanned_bytes + image_bytes + planes.decoded_bytes,
             ideal_read_bytes=math.prod(planes.shape) * pair.image.dtype.itemsize + planes.box_bytes,
             transient_bytes=plane_bytes + 12 * h * w,  # a stored plane, its values in float64 and float32

@@ -30,7 +30,7 @@ _DTYPE = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  
 
 @dataclass(frozen=True)
 class Batch:
-    """image [N, 1, D, H, W] and label [N, D, H, W] (int64), split as the plan says."""
+    """image [N, C, D, H, W] and label [N, D, H, W] (int64), split as the plan says."""
 
     image: Tensor
     label: Tensor
@@ -78,14 +78,14 @@ def sources(config: Config) -> tuple[Kept, Kept]:
     return Kept(known), Kept(held)
 
 
-def make_model(config: Config, classes: int) -> nn.Module:
+def make_model(config: Config, classes: int, channels: int = 1) -> nn.Module:
     """The network of `config.model`, its weights a function of the seed alone. Not parallelized."""
     model, memory = config.model, torch.channels_last_3d if config.train.channels_last else torch.contiguous_format
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network: nn.Module = UNet3D(1, classes)
+        network: nn.Module = UNet3D(channels, classes)
         if model.name == "small_unet":
-            network = SmallUNet(1, classes, model.base, model.levels, model.norm)
+            network = SmallUNet(channels, classes, model.base, model.levels, model.norm)
     return network.to(_DTYPE[config.train.precision]).to(memory_format=memory)  # type: ignore[call-overload]
 
 
@@ -100,7 +100,7 @@ def build(
     batch_size(config, plan)
     train, validation = sources(config)
     device = default_device()
-    model = make_model(config, len(train.classes))
+    model = make_model(config, len(train.classes), train.fields["image"].sizes[0])
     checkpoint = None
     if saved is not None:
         checkpoint = read.read(saved)

@@ -45,7 +45,7 @@ def fullest_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
         if is_mesh(prediction) and is_mesh(batch.label):
             prediction = prediction.redistribute(placements=batch.label.placements)
     shape, spacing = job.validation.shape(0), job.validation.spacing_mm(0)
-    spans = interval((1, 1, *shape), job.plan, job.rank)
+    spans = interval((1, 1, *shape), job.plan, job.rank)  # of the first channel
     planes: dict[str, np.ndarray[Any, Any]] = {"shape": np.array(shape), "spacing_mm": np.array(spacing)}
     at = [_fullest(batch.label, dim) for dim in range(3)]
     planes["at"] = np.array(at)
