@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.data.nifti import open_volume, see_matching
-from meshwright.data.planes import Planes, read_box
+from meshwright.data.planes import NiftiArray, Planes, read_box
 from meshwright.errors import DataError
 
 SHAPE = (7, 6, 9)  # D, H, W
@@ -58,8 +58,8 @@ def test_any_box_is_the_slice_of_the_whole(scaled: Path, spans: tuple[slice, sli
     elif volume.compressed:  # the stream, up to the last row that is needed
         rows = (spans[0].stop - 1) * SHAPE[1] + spans[1].stop
         assert decoded_bytes == volume.offset_bytes + rows * SHAPE[2] * 2
-    else:  # the rows that are needed
-        assert decoded_bytes == box.shape[0] * box.shape[1] * SHAPE[2] * 2
+    else:  # the voxels that are needed
+        assert decoded_bytes == box.size * 2
 
 
 def test_the_header_is_in_the_order_of_the_tensor(scaled: Path) -> None:
@@ -111,13 +111,19 @@ def test_a_file_of_another_kind_is_named(folder: Path, content: bytes) -> None:
             open_volume(folder / name)
 
 
-def test_a_volume_that_is_not_3d_is_refused_but_a_trailing_1_is_not(folder: Path) -> None:
-    four = nibabel.Nifti1Image(np.zeros((3, 4, 5, 2), np.uint8), np.eye(4))
-    four.to_filename(folder / "four.nii")
-    with pytest.raises(DataError, match=r"four.nii: a 4-D volume of shape \(3, 4, 5, 2\)"):
-        open_volume(folder / "four.nii")
+def test_what_lies_behind_x_y_z_are_channels_but_only_one_such_dim(folder: Path) -> None:
+    stored = np.random.default_rng(4).integers(0, 255, (2, 5, 4, 3), dtype=np.uint8)  # C, D, H, W
+    for name in ("four.nii", "four.nii.gz"):
+        nibabel.Nifti1Image(stored.T, np.eye(4)).to_filename(folder / name)
+        array = NiftiArray(open_volume(folder / name))
+        assert array.shape == stored.shape
+        spans = (slice(0, 2), slice(1, 4), slice(2, 4), slice(0, 2))
+        np.testing.assert_array_equal(array.read(spans)[0], stored[spans])
+    nibabel.Nifti1Image(np.zeros((3, 4, 5, 2, 2), np.uint8), np.eye(4)).to_filename(folder / "five.nii")
+    with pytest.raises(DataError, match=r"five.nii: a 5-D volume of shape \(3, 4, 5, 2, 2\)"):
+        open_volume(folder / "five.nii")
     nibabel.Nifti1Image(np.zeros((3, 4, 5, 1), np.uint8), np.eye(4)).to_filename(folder / "single.nii")
-    assert open_volume(folder / "single.nii").shape == (5, 4, 3)
+    assert NiftiArray(open_volume(folder / "single.nii")).shape == (5, 4, 3)
 
 
 def test_a_truncated_plain_file_shows_expected_and_found_bytes(scaled: Path, tmp_path: Path) -> None:

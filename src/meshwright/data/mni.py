@@ -19,8 +19,9 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from meshwright.data.nifti import Array, Volume, open_volume, see_matching
-from meshwright.data.planes import Planes
+from meshwright.data.arrays import Array
+from meshwright.data.nifti import Volume, open_volume, see_matching
+from meshwright.data.planes import Planes, prepare
 from meshwright.data.source import IMAGE, LABEL, Field, Part, kept
 from meshwright.errors import DataError
 
@@ -116,6 +117,7 @@ class MniPart:
             for box, span in zip(self.box, spans, strict=True)
         )
         files = [Planes(volume, fine) for volume in (self.template.t1, self.template.grey, self.template.white)]
+        prepare(files)
         d, h, w = (span.stop - span.start for span in spans)
         image = np.empty((d, h, w), np.float32)
         label = np.empty((d, h, w), np.uint8)
@@ -129,6 +131,7 @@ class MniPart:
             {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)},
             read_bytes=sum(planes.decoded_bytes for planes in files),
             ideal_read_bytes=sum(planes.box_bytes for planes in files),
+            shared_bytes=sum(planes.shared_bytes for planes in files),
             transient_bytes=len(files) * plane_bytes + 8 * 8 * h * w,  # planes of the files; sums in 64 bit
         )
 

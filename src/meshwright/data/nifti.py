@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 
+from meshwright.data.arrays import Array
 from meshwright.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 20
 
-Array = np.ndarray[Any, np.dtype[Any]]
-
 
 @dataclass(frozen=True)
 class Volume:
-    """A 3-D NIfTI file of which only the header has been read. `shape` and `spacing_mm` are in D, H, W order."""
+    """A NIfTI file of which only the header has been read. `shape` and `spacing_mm` are in D, H, W order.
+
+    What NIfTI counts behind x, y, z (a time, a modality) are the channels here; they are the slowest in the file.
+    """
 
     path: Path
     shape: tuple[int, int, int]
@@ -36,10 +38,11 @@ class Volume:
     slope: float
     inter: float
     compressed: bool
+    channels: int = 1
 
     @property
     def data_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return self.channels * math.prod(self.shape) * self.dtype.itemsize
 
     def scale(self, raw: Array) -> Array:
         """Stored numbers → float32 values, `raw * slope + inter`, rounded once."""
@@ -61,7 +64,7 @@ def open_volume(path: str | Path) -> Volume:
 
     The length of a plain file is its size, of a compressed one what its last four bytes say; only if these disagree
     with the header is the file decoded to count. Raises `DataError` for a file that is missing, no NIfTI, not 3-D
-    or truncated.
+    (or 4-D with channels), or truncated.
     """
     path = Path(path)
     if not path.is_file():
@@ -77,8 +80,11 @@ def open_volume(path: str | Path) -> Volume:
         raise DataError(f"{path}: a {type(image).__name__}, not a single-file NIfTI (.nii or .nii.gz)")
     proxy = image.dataobj
     shape = tuple(int(size) for size in proxy.shape)
-    if len(shape) < 3 or any(size != 1 for size in shape[3:]):
-        raise DataError(f"{path}: a {len(shape)}-D volume of shape {shape}; a 3-D volume (x, y, z) is expected")
+    if len(shape) < 3 or sum(size != 1 for size in shape[3:]) > 1:
+        raise DataError(
+            f"{path}: a {len(shape)}-D volume of shape {shape}; a volume (x, y, z), or one with channels behind it, is "
+            "expected"
+        )
     if proxy.dtype.kind not in "iuf":
         raise DataError(f"{path}: values of type {proxy.dtype}; integers or floating-point numbers are expected")
     x_mm, y_mm, z_mm = (float(size) for size in image.header.get_zooms()[:3])
@@ -94,6 +100,7 @@ def open_volume(path: str | Path) -> Volume:
         slope=float(proxy.slope),
         inter=float(proxy.inter),
         compressed=compressed,
+        channels=math.prod(shape[3:]),
     )
     _see_complete(volume)
     return volume

@@ -1,7 +1,8 @@
 """Read one box of a NIfTI file: what a rank owns, and nothing it would have to throw away later.
 
-A plane of constant z is one run of bytes, and planes are read one by one: a plain file by seeking to the rows that are
-needed, a compressed one as a stream that is decoded up to the last of these rows and kept only inside the box.
+A plane of constant z is one run of bytes, and planes are read one by one. Of a plain file exactly the box is read. A
+compressed one is a stream: it is decoded up to the last row of the box and kept only inside; where several ranks of
+one host want boxes of it, one of them decodes it into a copy on the local disk, once, and all read their boxes there.
 """
 
 from __future__ import annotations
@@ -10,33 +11,36 @@ import gzip
 import math
 import zlib
 from collections.abc import Iterator, Sequence
-from typing import BinaryIO, cast
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from meshwright.data.nifti import Array, Volume, truncated
-from meshwright.errors import DataError
+from meshwright.data import once
+from meshwright.data.arrays import SLAB_BYTES, Array, Slab, Spans, checked, sizes
+from meshwright.data.nifti import Volume, truncated
+from meshwright.data.raw import RawArray
+from meshwright.data.retry import retried
 
 _SKIP_BYTES = 1 << 16  # decoded and dropped at a time
 
 
 class Planes:
-    """Iterate over the planes of a box of a volume, in stored numbers, each [h, w]; `decoded_bytes` counts as it goes.
+    """Iterate over the planes of a box of a volume, in stored numbers, each [h, w], a channel behind the other.
 
-    `spans` are three slices (D, H, W) inside the shape; an empty box has no planes and reads nothing. At most one
-    plane of the box, over the whole width, is in memory. Raises `DataError` for a box outside of the volume and for
-    data that ends early.
+    `decoded_bytes` counts as it goes what comes from the file, `shared_bytes` what comes from the copy of this host.
+    `spans` are slices (D, H, W, or C, D, H, W) inside the shape; an empty box has no planes and reads nothing. At most
+    one plane, over the whole width, is in memory. Raises `DataError` for a box outside of the volume and for data
+    that ends early.
     """
 
     def __init__(self, volume: Volume, spans: Sequence[slice]) -> None:
         self.volume = volume
-        self.spans = tuple(spans)
-        self.decoded_bytes = 0
-        if len(self.spans) != 3 or any(
-            not 0 <= span.start <= span.stop <= size or span.step not in (None, 1)
-            for span, size in zip(self.spans, volume.shape, strict=False)
-        ):
-            raise DataError(f"{volume.path}: the box {self.spans} is no part of shape {volume.shape} (D, H, W)")
+        self.decoded_bytes = self.shared_bytes = 0
+        array = NiftiArray(volume)
+        spans = tuple(spans)
+        self.spans = checked(array, spans if len(spans) == len(array.shape) else (slice(0, 1), *spans))[-3:]
+        self.channels = spans[0] if len(array.shape) == 4 and len(spans) == 4 else slice(0, 1)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,22 +50,34 @@ class Planes:
     @property
     def box_bytes(self) -> int:
         """The bytes that no reader could do without."""
-        return math.prod(self.shape) * self.volume.dtype.itemsize
+        return math.prod(self.shape) * (self.channels.stop - self.channels.start) * self.volume.dtype.itemsize
 
     def __iter__(self) -> Iterator[Array]:
-        if 0 in self.shape:
+        if self.box_bytes == 0:
             return
         depth, height, width = self.spans
-        _, plane_rows, row = self.volume.shape
+        raw = _uncompressed(self, whole=self.box_bytes == self.volume.data_bytes)
+        at = ((c, z) for c in range(self.channels.start, self.channels.stop) for z in range(depth.start, depth.stop))
+        if raw is None:
+            yield from self._stream(at)
+            return
+        for c, z in at:
+            plane, read_bytes = raw.read((slice(c, c + 1), slice(z, z + 1), height, width))
+            if raw.shared:
+                self.shared_bytes += read_bytes
+            else:
+                self.decoded_bytes += read_bytes
+            yield plane[0, 0]
+
+    def _stream(self, at: Iterator[tuple[int, int]]) -> Iterator[Array]:
+        _, height, width = self.spans
+        planes, rows, row = self.volume.shape
         row_bytes = row * self.volume.dtype.itemsize
-        with _stream(self.volume) as stream:
+        with _decoded(self.volume) as stream:
             position = 0
-            for z in range(depth.start, depth.stop):
-                start = self.volume.offset_bytes + (z * plane_rows + height.start) * row_bytes
-                if self.volume.compressed:
-                    self._take(stream, start - position, keep=False)
-                else:
-                    stream.seek(start)
+            for c, z in at:
+                start = self.volume.offset_bytes + ((c * planes + z) * rows + height.start) * row_bytes
+                self._take(stream, start - position, keep=False)
                 data = self._take(stream, (height.stop - height.start) * row_bytes)
                 position = start + len(data)
                 yield np.frombuffer(data, self.volume.dtype).reshape(-1, row)[:, width]
@@ -81,8 +97,42 @@ class Planes:
         return data
 
 
-def _stream(volume: Volume) -> BinaryIO:
-    return cast(BinaryIO, gzip.open(volume.path)) if volume.compressed else volume.path.open("rb")
+def _decoded(volume: Volume) -> BinaryIO:
+    return retried(lambda: cast(BinaryIO, gzip.open(volume.path)), volume.path)
+
+
+def _uncompressed(reader: Planes, *, whole: bool, wait: bool = True) -> RawArray | None:
+    """The numbers of a volume as they lie in a file: the volume's own, or the copy of this host.
+
+    None if the stream has to be decoded: nobody on this host would share it, or there is no room for the copy.
+    `whole`: a rank that takes everything has nobody to share with.
+    """
+    volume = reader.volume
+    shape = (volume.channels, *volume.shape)
+    if not volume.compressed:
+        return RawArray(volume.path, shape, volume.dtype, volume.offset_bytes)
+    if whole or not once.several_ranks():
+        return None
+    file = _copy(volume, reader, wait=wait)
+    name = f"the decoded copy of {volume.path}"
+    return None if file is None else RawArray(volume.path, shape, volume.dtype, 0, label=name, handle=file, shared=True)
+
+
+def _copy(volume: Volume, reader: Planes, *, wait: bool = True) -> BinaryIO | None:
+    def decode(file: BinaryIO) -> None:
+        with _decoded(volume) as stream:
+            reader._take(stream, volume.offset_bytes, keep=False)
+            for start in range(0, volume.data_bytes, SLAB_BYTES):
+                file.write(reader._take(stream, min(SLAB_BYTES, volume.data_bytes - start)))
+
+    return once.once(once.identity(volume.path, "decoded"), volume.data_bytes, decode, wait=wait)
+
+
+def prepare(readers: Sequence[Planes]) -> None:
+    """Decode the files that no other rank of this host is decoding now, so that several ranks share the work."""
+    if once.several_ranks():
+        for reader in readers:
+            _uncompressed(reader, whole=reader.box_bytes in (0, reader.volume.data_bytes), wait=False)
 
 
 def read_box(volume: Volume, spans: Sequence[slice]) -> tuple[Array, int]:
@@ -92,3 +142,54 @@ def read_box(volume: Volume, spans: Sequence[slice]) -> tuple[Array, int]:
     for index, plane in enumerate(planes):
         box[index] = volume.scale(plane)
     return box, planes.decoded_bytes
+
+
+@dataclass(frozen=True)
+class NiftiArray:
+    """A NIfTI file as a `StoredArray`: [D, H, W], or [C, D, H, W] if it has channels."""
+
+    volume: Volume
+    chunks: None = None
+
+    @property
+    def name(self) -> str:
+        return str(self.volume.path)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return (self.volume.channels, *self.volume.shape)[self.volume.channels == 1 :]
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self.volume.dtype
+
+    @property
+    def spacing_mm(self) -> tuple[float, float, float]:
+        return self.volume.spacing_mm
+
+    def scale(self, raw: Array) -> Array:
+        return self.volume.scale(raw)
+
+    def slabs(self, spans: Sequence[slice]) -> Iterator[Slab]:
+        """Plane by plane, as the file has them. Raises `DataError`."""
+        box = checked(self, spans)
+        planes, before, shared_before = Planes(self.volume, box), 0, 0
+        depth = box[-3].stop - box[-3].start
+        for number, plane in enumerate(planes):
+            channel, z = divmod(number, depth)
+            where: Spans = (slice(z, z + 1),) if len(box) == 3 else (slice(channel, channel + 1), slice(z, z + 1))
+            yield Slab(
+                where,
+                plane[(None,) * (len(box) - 2)],
+                planes.decoded_bytes - before,
+                planes.shared_bytes - shared_before,
+            )
+            before, shared_before = planes.decoded_bytes, planes.shared_bytes
+
+    def read(self, spans: Sequence[slice]) -> tuple[Array, int]:
+        """The box in stored numbers, and the bytes decoded for it. Raises `DataError`."""
+        values, read_bytes = np.empty(sizes(checked(self, spans)), self.dtype), 0
+        for slab in self.slabs(spans):
+            values[slab.where] = slab.values
+            read_bytes += slab.read_bytes
+        return values, read_bytes

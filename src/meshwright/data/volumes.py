@@ -11,7 +11,8 @@ from functools import cached_property
 import numpy as np
 import torch
 
-from meshwright.data.nifti import Array, Volume, open_volume, see_matching
+from meshwright.data.arrays import Array
+from meshwright.data.nifti import Volume, open_volume, see_matching
 from meshwright.data.planes import Planes, read_box
 from meshwright.data.source import IMAGE, LABEL, Field, Part, kept
 from meshwright.errors import DataError

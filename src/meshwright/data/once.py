@@ -1,0 +1,126 @@
+"""Work that one rank of a host does for all of them: decode a stream that cannot be cut, measure a whole image.
+
+The result is a file in a private folder of the local disk. Whoever comes first holds the file's lock (`flock`) while it
+works, the others wait for the lock and find the file there. No rank has to come: nothing is collective, any thread may
+ask in any order, and the kernel gives back the lock of a rank that dies. A rank that fails raises, and the next one
+tries for itself. Once nobody uses the folder any more, whoever leaves last, or comes next, empties it.
+"""
+
+from __future__ import annotations
+
+import atexit
+import errno
+import fcntl
+import hashlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Callable
+from contextlib import suppress
+from functools import cache
+from pathlib import Path
+from typing import BinaryIO
+
+from meshwright.cluster.place import find_place
+from meshwright.cluster.process_group import when_leaving
+from meshwright.errors import DataError
+
+MOST_BYTES = 8 << 30  # kept in the folder; the oldest results make room
+_FREE_FACTOR = 2  # a result must leave as much free as it takes
+
+
+def several_ranks() -> bool:
+    """Whether another rank on this host could use what this one makes."""
+    return find_place(os.environ).local_ranks > 1
+
+
+def identity(path: Path, *more: object) -> str:
+    """A name for what is computed from the file as it is now, and from `more`."""
+    found = path.stat()
+    facts = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *more)
+    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+
+def once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: bool = True) -> BinaryIO | None:
+    """The file `key`, open for reading, written by `make` unless it is there. It can be read as long as it is open.
+
+    None if there is no room, or, without `wait`, if somebody else is at it. Raises what `make` raises.
+    """
+    folder = _folder()
+    path = folder / key
+    with suppress(FileNotFoundError):
+        return open(path, "rb")
+    with open(folder / f"{key}.lock", "ab") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return None
+        with suppress(FileNotFoundError):
+            return open(path, "rb")
+        if not _make_room(folder, size_bytes):
+            return None
+        partial = folder / f"{key}.partial"
+        file = open(partial, "w+b")  # noqa: SIM115  the caller reads from it
+        try:
+            make(file)
+            file.flush()
+            os.replace(partial, path)
+        except BaseException as error:
+            file.close()
+            partial.unlink(missing_ok=True)
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # filled up meanwhile
+                return None
+            raise
+        return file
+
+
+def _make_room(folder: Path, size_bytes: int) -> bool:
+    done = [path for path in folder.iterdir() if not path.suffix]
+    kept = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in done)
+    total = sum(size for _, size, _ in kept)
+    for _, size, path in kept:
+        free = shutil.disk_usage(folder).free
+        if total + size_bytes <= MOST_BYTES and free >= _FREE_FACTOR * size_bytes:
+            break
+        path.unlink(missing_ok=True)
+        total -= size
+    return size_bytes <= MOST_BYTES and shutil.disk_usage(folder).free >= _FREE_FACTOR * size_bytes
+
+
+def _folder() -> Path:
+    """The folder of this user on this host; it stays while this process lives."""
+    return _held(os.getpid(), Path(tempfile.gettempdir()) / f"meshwright-{os.getuid()}")
+
+
+@cache
+def _held(process: int, folder: Path) -> Path:
+    """Enter the folder: a shared lock says that it is in use. A forked child enters for itself."""
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+        raise DataError(f"{folder} is not a private folder of this user; remove it, or set TMPDIR to another place")
+    users = open(folder / "users.lock", "ab")  # noqa: SIM115  open as long as the process
+    _empty_if_unused(folder, users)
+    fcntl.flock(users, fcntl.LOCK_SH)
+
+    def leave() -> None:
+        if os.getpid() == process and not users.closed:
+            _held.cache_clear()
+            with users:
+                _empty_if_unused(folder, users)
+
+    when_leaving(leave)
+    atexit.register(leave)
+    return folder
+
+
+def _empty_if_unused(folder: Path, users: BinaryIO) -> None:
+    try:
+        fcntl.flock(users, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return
+    for path in folder.iterdir():
+        if path.name != "users.lock":
+            path.unlink(missing_ok=True)
