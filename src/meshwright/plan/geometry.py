@@ -41,6 +41,18 @@ def chunks(size: int, parts: int) -> tuple[Interval, ...]:
     return tuple(chunk(size, parts, index) for index in range(parts))
 
 
+def window(out: Interval, size: int, kernel: int, stride: int, padding: int, dilation: int) -> Interval:
+    """The positions inside `range(size)` that the outputs `out` of a convolution or pooling read.
+
+    [a, b) reads [a s - p, (b - 1) s - p + d (k - 1) + 1), cut to the input; no outputs read nothing.
+    """
+    if not out.size:
+        return Interval(0, 0)
+    reach = Interval(out.lo * stride - padding, (out.hi - 1) * stride - padding + dilation * (kernel - 1) + 1)
+    inside = reach.meet(Interval(0, size))
+    return inside if inside.size else Interval(0, 0)
+
+
 @dataclass(frozen=True)
 class Transfer:
     """Global positions `span` of a dim, owned by part `source`, needed by part `target`."""
@@ -60,8 +72,9 @@ def transfers(owned: tuple[Interval, ...], wanted: tuple[Interval, ...]) -> tupl
     def pieces() -> Iterator[Transfer]:
         for target, want in enumerate(wanted):
             for source, own in enumerate(owned):
-                span = own.meet(want)
-                if span.size:
-                    yield Transfer(source, target, span)
+                if own.lo < want.hi and want.lo < own.hi:  # few of hundreds of ranks meet
+                    span = own.meet(want)
+                    if span.size:
+                        yield Transfer(source, target, span)
 
     return tuple(pieces())

@@ -1,0 +1,171 @@
+"""The exchange as arithmetic: what every rank sends in a training step, without a process group.
+
+    window    Σ over split dims of the planes that others read × the part's other extents × channels × bytes
+    whole     where space ends every rank receives every other rank's part (padded to equal parts)
+    gradient  2 (p − 1) / p × the parameters that p ranks used on different data: an all-reduce, in buckets
+
+Split dims are exchanged one after the other and a later one carries what earlier ones brought, so corners need no
+message of their own. Backward sends home what forward received. The intervals are those of `plan.geometry`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from meshwright.plan.geometry import chunk, chunks, transfers, window
+from meshwright.plan.layers import Layer, Network, Taps, Weight
+from meshwright.plan.plan import Plan
+
+BUCKET_BYTES = 8 << 20  # these three as in sync.reducer, which a test compares
+SMALL_BUCKET_BYTES = 1 << 17
+FEWEST_BUCKETS = 8
+
+
+class Sent(NamedTuple):
+    """What one rank sends. A collective counts as a ring sends it: a gather is p − 1 messages, an all-reduce one."""
+
+    nbytes: int = 0
+    messages: int = 0
+
+    def plus(self, other: Sent) -> Sent:
+        return Sent(self.nbytes + other.nbytes, self.messages + other.messages)
+
+
+def total(parts: Iterable[Sent]) -> Sent:
+    """The sum."""
+    out = Sent()
+    for part in parts:
+        out = out.plus(part)
+    return out
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What one rank sends for one layer; `elements` are those of the input that it owns."""
+
+    layer: Layer
+    forward: Sent
+    backward: Sent
+    elements: int
+
+
+@dataclass(frozen=True)
+class RankStep:
+    """What one rank sends in a step: its layers in the order they run, and the sum of the gradients."""
+
+    rank: int
+    exchanges: tuple[Exchange, ...]
+    reduction: Sent
+
+    @property
+    def forward(self) -> Sent:
+        return total(exchange.forward for exchange in self.exchanges)
+
+    @property
+    def backward(self) -> Sent:
+        """Without the gradients of parameters."""
+        return total(exchange.backward for exchange in self.exchanges)
+
+
+def planned(network: Network, plan: Plan) -> tuple[RankStep, ...]:
+    """What every rank of `plan` sends in one forward and backward of `network` whose loss needs no exchange."""
+    return tuple(
+        RankStep(rank, tuple(_exchange(layer, plan, rank) for layer in network.layers), reduction)
+        for reduction in [_reduction(network.weights, plan)]
+        for rank in range(plan.ranks)
+    )
+
+
+def _split(plan: Plan, ndim: int) -> list[tuple[int, int]]:
+    """(axis, dim) of the axes that split a tensor of `ndim` dims."""
+    found = enumerate(plan.dims(ndim))
+    return [(axis, dim) for axis, dim in found if dim is not None and plan.axes[axis].size > 1]
+
+
+def _exchange(layer: Layer, plan: Plan, rank: int) -> Exchange:
+    place, split = plan.coordinates(rank), _split(plan, len(layer.shape))
+    extents = list(layer.shape)
+    for axis, dim in split:
+        extents[dim] = chunk(layer.shape[dim], plan.axes[axis].size, place[axis]).size
+    elements = math.prod(extents)
+    space = [(axis, dim) for axis, dim in split if dim >= 2]
+    if not layer.taps:
+        return Exchange(layer, total(_gathers(layer, plan, space, extents)), Sent(), elements)
+    # convolution exchanges the last dim first, pooling the first
+    space.sort(key=lambda entry: entry[1], reverse=layer.op == "convolution")
+    forward, backward = Sent(), Sent()
+    for axis, dim in space:
+        cut = _cut(layer.shape[dim], layer.out[dim], layer.taps[dim - 2], plan.axes[axis].size)[place[axis]]
+        plane_bytes = math.prod(size for other, size in enumerate(extents) if other != dim) * layer.itemsize
+        if plane_bytes:
+            forward = forward.plus(Sent(sum(cut.sent) * plane_bytes, len(cut.sent)))
+            backward = backward.plus(Sent(sum(cut.received) * plane_bytes, len(cut.received)))
+        extents[dim] = cut.wanted
+    return Exchange(layer, forward, backward if layer.trains_input else Sent(), elements)
+
+
+class _Cut(NamedTuple):
+    """One rank's side of a split dim: planes that it reads, and those of each piece that it sends and receives."""
+
+    wanted: int
+    sent: list[int]
+    received: list[int]
+
+
+@lru_cache(maxsize=1024)
+def _cut(size: int, out: int, taps: Taps, parts: int) -> list[_Cut]:
+    """For each rank along an axis that splits a dim of `size` (results: `out`)."""
+    options = (taps.kernel, taps.stride, taps.padding, taps.dilation)
+    wanted = tuple(window(span, size, *options) for span in chunks(out, parts))
+    cuts = [_Cut(span.size, [], []) for span in wanted]
+    for move in transfers(chunks(size, parts), wanted):
+        if move.source != move.target:
+            cuts[move.source].sent.append(move.span.size)
+            cuts[move.target].received.append(move.span.size)
+    return cuts
+
+
+def _gathers(layer: Layer, plan: Plan, space: Sequence[tuple[int, int]], extents: list[int]) -> Iterator[Sent]:
+    """Space made whole, axis by axis; backward every rank has the whole gradient already."""
+    for axis, dim in space:
+        parts = plan.axes[axis].size
+        extents[dim] = chunk(layer.shape[dim], parts, 0).size  # the shorter and empty ones are padded to it
+        yield Sent((parts - 1) * math.prod(extents) * layer.itemsize, parts - 1)
+        extents[dim] = layer.shape[dim]
+
+
+def _reduction(weights: Sequence[Weight], plan: Plan) -> Sent:
+    """Gradients of parameters, in the buckets of `sync.reducer`."""
+    found = []
+    for bucket in _buckets(weights):
+        groups: dict[tuple[tuple[int, ...], torch.dtype], int] = {}
+        for weight in bucket:
+            axes = () if weight.meets is None else tuple(axis for axis, _ in _split(plan, weight.meets))
+            if axes:
+                key = (axes, weight.dtype)
+                groups[key] = groups.get(key, 0) + weight.numel
+        for (axes, dtype), numel in groups.items():
+            every = len(axes) == len(plan.axes)
+            for ranks in [plan.ranks] if every else [plan.axes[axis].size for axis in axes]:
+                found.append(Sent(2 * (ranks - 1) * numel * dtype.itemsize // ranks, 1))
+    return total(found)
+
+
+def _buckets(weights: Sequence[Weight]) -> list[list[Weight]]:
+    """Parameters in the reverse order of the module, in runs of a size that depends on the model alone."""
+    limit = max(SMALL_BUCKET_BYTES, min(BUCKET_BYTES, sum(w.nbytes for w in weights) // FEWEST_BUCKETS))
+    buckets: list[list[Weight]] = []
+    filled = limit
+    for weight in reversed(weights):
+        if filled >= limit:
+            buckets.append([])
+            filled = 0
+        buckets[-1].append(weight)
+        filled += weight.nbytes
+    return buckets
