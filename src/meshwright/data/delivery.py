@@ -1,0 +1,202 @@
+"""One step of one rank: what it reserves, exchanges and puts together. The threads that call this are in `pipeline`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from meshwright.data import moves as messages
+from meshwright.data.moves import Exchange
+from meshwright.data.owners import Moves, Owners, Piece, Shape, sizes
+from meshwright.data.packing import Packing, field_bytes, within
+from meshwright.data.source import Field
+from meshwright.errors import DataError, ExchangeError
+
+ByPeer = dict[int, list[Piece]]
+
+
+class Readable(Protocol):
+    """What the store asks of data: a `VolumeSource`, or less. `read` may be called from several threads."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """One name per sample."""
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        """What a sample consists of."""
+
+    def shape(self, index: int) -> Shape:
+        """D, H, W of a sample."""
+
+    def read(self, index: int, spans: Sequence[slice]) -> Mapping[str, Tensor]:
+        """The box `spans` (slices of D, H, W) of a sample, each field as [1, …]; raises `DataError`."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """This rank's part of a step's samples: each field [n, …]. `shape` is N, D, H, W of the whole batch."""
+
+    step: int
+    indices: tuple[int, ...]
+    shape: tuple[int, int, int, int]
+    fields: Mapping[str, Tensor]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.fields[name]
+
+
+@dataclass
+class Step:
+    """A step under way. `parts` fills up until nothing of `missing` is left; `error` is the first thing that failed."""
+
+    moves: Moves
+    arriving: ByPeer
+    leaving: ByPeer
+    reserved_bytes: int
+    batch_bytes: int
+    missing: set[int]
+    parts: dict[int, Tensor] = field(default_factory=dict)
+    error: BaseException | None = None
+    read_s: float = 0.0
+
+
+class Delivery:
+    """What a rank needs to know to serve its steps; pure but for `load` and `swap`."""
+
+    def __init__(
+        self, source: Readable, owners: Owners, rank: int, order: Callable[[int], Sequence[int]], pinned: bool
+    ) -> None:
+        self.source, self.owners, self.rank, self.order, self.pinned = source, owners, rank, order, pinned
+        self.packing = Packing(source.fields)
+        self.sent_bytes = self.received_bytes = self.messages = 0
+
+    def step(self, number: int) -> Step:
+        """The moves of a step and the bytes it holds: its batch, its messages, the parts that may not be kept.
+
+        Raises `DataError` for samples of several sizes. Called in the order of the steps.
+        """
+        indices = tuple(self.order(number))
+        self._see_one_size(number, indices)
+        self.owners.note(indices)
+        moves = self.owners.moves(number, indices, self.rank)
+        served = moves.samples_served(self.rank)
+        part_bytes = sum(self.nbytes(sample) for sample in served)
+        wanted = [sizes(self.owners.wanted(indices[j], self.rank)) for j in moves.positions]
+        batch_bytes = sum(field_bytes(f, box) for box in wanted for f in self.packing.fields.values())
+        arriving, leaving = (self._by_peer(pieces) for pieces in (moves.arriving, moves.leaving))
+        inward, outward = (sum(map(self._message_bytes, peers.values())) for peers in (arriving, leaving))
+        # what leaves lies in memory twice: packed, and in memory shared with the other rank
+        reserved = part_bytes + batch_bytes + inward + 2 * outward
+        return Step(moves, arriving, leaving, reserved, batch_bytes, set(served))
+
+    def nbytes(self, sample: int) -> int:
+        """The bytes that this rank keeps of a sample, if it keeps it."""
+        return self.packing.nbytes(sizes(self.owners.held(sample, self.rank)))
+
+    def load(self, sample: int) -> Tensor:
+        """What this rank keeps of a sample, packed, from the source. Raises `DataError` that names rank and sample."""
+        box = self.owners.held(sample, self.rank)
+        # of an empty box, which sources need not know, a neighbouring voxel, cut to nothing
+        spans = [slice(span.lo, span.hi) if span.size else slice(0, 1) for span in box]
+        try:
+            part = self.source.read(sample, spans)
+            volume = dict(zip("DHW", sizes(box), strict=True))
+            fields = {
+                name: part[name][0][tuple(slice(volume.get(letter)) for letter in f.layout)]
+                for name, f in self.packing.fields.items()
+                if name in part
+            }
+            return self.packing.pack(fields, sizes(box))
+        except (DataError, OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
+            kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
+            raise DataError(f"rank {self.rank}: sample {self._named([sample])}: {kind}{error}") from error
+
+    def swap(self, step: Step, exchange: Exchange) -> dict[Piece, Tensor]:
+        """The packed pieces from other ranks. All messages are exchanged, even where one of them says no."""
+        number, sends = step.moves.step, {}
+        if step.error is None:
+            try:
+                for peer, pieces in step.leaving.items():
+                    sends[peer] = messages.write(self.packing, pieces, number, [self._cut(step, p) for p in pieces])
+            except Exception as error:  # noqa: BLE001  whatever it is, the others are waiting for a message
+                step.error = error
+        if step.error is not None:
+            words = str(step.error)
+            sends = {p: self._excuse(pieces, number, messages.FAILED, words) for p, pieces in step.leaving.items()}
+        buffers = self._exchanged(exchange, step, sends)
+        self.messages += len(sends)
+        self.sent_bytes += sum(message.numel() for message in sends.values())
+        self.received_bytes += sum(buffer.numel() for buffer in buffers.values())
+        arrived: dict[Piece, Tensor] = {}
+        for peer, pieces in step.arriving.items():
+            where = f"{self._place(number, pieces)} from rank {peer}"
+            arrived |= dict(zip(pieces, messages.read(self.packing, pieces, number, buffers[peer], where), strict=True))
+        return arrived
+
+    def decline(self, step: Step, exchange: Exchange, words: str) -> None:
+        """Answer what other ranks expect of this one in a step that it takes no part in any more."""
+        number = step.moves.step
+        sends = {p: self._excuse(pieces, number, messages.CLOSED, words) for p, pieces in step.leaving.items()}
+        self._exchanged(exchange, step, sends)
+
+    def batch(self, step: Step, arrived: Mapping[Piece, Tensor]) -> Batch:
+        """This rank's batch, of what it keeps and what has arrived: new tensors, pinned where a GPU is to get them."""
+        moves = step.moves
+        want = self.owners.wanted(moves.indices[0], self.rank)
+        fields = {
+            name: torch.empty((len(moves.positions), *f.shape(sizes(want))), dtype=f.dtype, pin_memory=self.pinned)
+            for name, f in self.packing.fields.items()
+        }
+        for piece in moves.arriving:
+            if piece.source != self.rank and piece not in arrived:
+                continue  # a piece of no bytes
+            packed = self._cut(step, piece) if piece.source == self.rank else arrived[piece]
+            views, row = self.packing.views(packed, sizes(piece.box)), piece.position - moves.positions.start
+            for name, f in self.packing.fields.items():
+                fields[name][row][within(f, piece.box, want)].copy_(views[name])
+        return Batch(moves.step, moves.indices, (len(moves.indices), *self.source.shape(moves.indices[0])), fields)
+
+    def _see_one_size(self, number: int, indices: Sequence[int]) -> None:
+        shapes = [self.source.shape(sample) for sample in indices]
+        for sample, shape in zip(indices, shapes, strict=True):
+            if shape != shapes[0]:
+                raise DataError(
+                    f"step {number}: sample {self._named(indices[:1])} has shape {shapes[0]} but "
+                    f"{self._named([sample])} has {shape} (D, H, W); samples of one batch need one size: crop or "
+                    "resample them, or set the batch to 1"
+                )
+
+    def _by_peer(self, pieces: Sequence[Piece]) -> ByPeer:
+        return messages.by_peer(pieces, self.rank, self.packing)
+
+    def _message_bytes(self, pieces: Sequence[Piece]) -> int:
+        return messages.message_bytes(self.packing, pieces)
+
+    def _excuse(self, pieces: Sequence[Piece], number: int, status: int, words: str) -> Tensor:
+        return messages.excuse(self.packing, pieces, number, status, words)
+
+    def _cut(self, step: Step, piece: Piece) -> Tensor:
+        held = self.owners.held(piece.sample, self.rank)
+        return self.packing.cut(step.parts[piece.sample], held, piece.box)
+
+    def _exchanged(self, exchange: Exchange, step: Step, sends: dict[int, Tensor]) -> dict[int, Tensor]:
+        buffers = {
+            peer: torch.empty(self._message_bytes(pieces), dtype=torch.uint8) for peer, pieces in step.arriving.items()
+        }
+        try:
+            exchange.swap(sends, buffers)
+        except ExchangeError as error:
+            pieces = [piece for found in (step.arriving or step.leaving).values() for piece in found]
+            raise ExchangeError(f"{self._place(step.moves.step, pieces)}: {error}") from error
+        return buffers
+
+    def _place(self, number: int, pieces: Sequence[Piece]) -> str:
+        return f"rank {self.rank}: step {number}, sample {self._named([piece.sample for piece in pieces])}"
+
+    def _named(self, samples: Sequence[int]) -> str:
+        return ", ".join(f"{sample} ({self.source.names[sample]})" for sample in dict.fromkeys(samples))

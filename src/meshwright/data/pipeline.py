@@ -1,0 +1,286 @@
+"""From the order of the steps to batches that are ready before they are asked for, in threads of this rank.
+
+    workers    admit steps in order (moves, bytes reserved), bring the parts this rank keeps into memory
+    conductor  takes the steps in order: exchange with other ranks, the batch, its copy on the device
+    take()     the caller's thread: waits where the batch of its step is not there yet
+
+The exchange runs at most `EXCHANGE_AHEAD` steps before the step that was asked for last, the same on all ranks: when
+all have closed after the same step, each message that one sends is one that another takes.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+
+from meshwright.data.cache import Cache
+from meshwright.data.delivery import Batch, Delivery, Step
+from meshwright.data.moves import Exchange
+from meshwright.data.prefetch import MOST_WORKERS, Pace, Workers, workers_for
+from meshwright.errors import ConfigError, DataError, ExchangeError
+
+EXCHANGE_AHEAD = 2  # one step travels while the one before it waits to be asked for
+CLOSE_S = 5.0  # for threads to end; one that a file system or a dead rank holds is left behind
+
+
+@dataclass(frozen=True)
+class PipelineStats:
+    """Seconds and bytes since the start, all of this rank."""
+
+    steps: int
+    wait_s: float  # that the caller waited for batches
+    read_s: float  # of all threads together: from source, disk or memory
+    exchange_s: float  # in the background
+    sent_bytes: int
+    received_bytes: int
+    messages: int
+
+
+class Pipeline:
+    """The threads of one store. `ahead` is the most steps that are read ahead, `workers` fixes their number."""
+
+    def __init__(
+        self,
+        delivery: Delivery,
+        cache: Cache,
+        exchange: Exchange | None,
+        first: int,
+        last: int | None,
+        ahead: int,
+        workers: int | None,
+        device: torch.device | None,
+    ) -> None:
+        self.next_step = first
+        self._delivery, self._cache, self._exchange = delivery, cache, exchange
+        self._last, self._ahead, self._fixed, self._device = last, max(ahead, EXCHANGE_AHEAD), workers, device
+        self._changed = threading.Condition()
+        self._asked, self._admitted, self._admitting, self._conducted = first - 1, first, False, first
+        self._tasks: deque[tuple[Step, int]] = deque()
+        self._steps: dict[int, Step] = {}
+        self._ready: dict[int, tuple[Batch, torch.cuda.Event | None]] = {}
+        self._errors: dict[int, BaseException] = {}
+        self._fatal: BaseException | None = None  # no step after it can be had either
+        self._stopping = self._closed = False
+        self._handed_bytes, self._given_s, self._count = 0, 0.0, 0
+        self._wait_s = self._read_s = self._exchange_s = 0.0
+        self._pace, self._window = Pace(), EXCHANGE_AHEAD
+        self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
+        self._workers = Workers(self._work, "meshwright-read")
+        self._workers.resize(workers or 2)
+        self._conductor = Workers(self._conduct, "meshwright-moves")
+        self._conductor.resize(1)
+
+    @property
+    def is_over(self) -> bool:
+        return self.next_step == self._last
+
+    @property
+    def workers(self) -> int:
+        return self._workers.count
+
+    @property
+    def stats(self) -> PipelineStats:
+        moved = self._delivery
+        seconds = (self._wait_s, self._read_s, self._exchange_s)
+        return PipelineStats(self._count, *seconds, moved.sent_bytes, moved.received_bytes, moved.messages)
+
+    def take(self, step: int) -> Batch:
+        """The batch of `next_step`; raises what went wrong with it."""
+        if self._closed or self.is_over or step != self.next_step:
+            state = "is closed" if self._closed else f"is at step {self.next_step}, its last is before {self._last}"
+            raise ConfigError(f"step {step} was asked for, but the store {state}; each step can be had once, in order")
+        begin_s = time.perf_counter()
+        if self._given_s:
+            self._pace.saw_step(begin_s - self._given_s)
+        self._cache.reserve(-self._handed_bytes)
+        self._handed_bytes = 0
+        self._tune()
+        with self._changed:
+            self._asked = step
+            self._changed.notify_all()
+            while step not in self._ready and step not in self._errors and self._fatal is None:
+                self._changed.wait()
+            if step not in self._ready:
+                error = self._errors.get(step, self._fatal)
+                assert error is not None
+                raise error
+            batch, event = self._ready.pop(step)
+        self._handed_bytes = sum(value.numel() * value.element_size() for value in batch.fields.values())
+        if event is not None:
+            current = torch.cuda.current_stream(self._device)
+            current.wait_event(event)
+            for value in batch.fields.values():
+                value.record_stream(current)
+        self.next_step, self._count = step + 1, self._count + 1
+        self._given_s = time.perf_counter()
+        self._wait_s += self._given_s - begin_s
+        return batch
+
+    def _tune(self) -> None:
+        """As many threads as the measured times ask for, and steps enough for them to work on."""
+        if not self._pace.known:
+            return
+        count = self._fixed or workers_for(self._pace.read_s, self._pace.step_s, MOST_WORKERS)
+        if count != self._workers.count:
+            self._workers.resize(count)
+        self._window = min(self._ahead, max(EXCHANGE_AHEAD, count + 1))
+
+    def _work(self) -> bool:
+        """A worker: one part of an admitted step, or else the next step admitted."""
+        with self._changed:
+            while not (self._stopping or self._tasks or self._may_admit()):
+                self._changed.wait()
+            if self._stopping:
+                return False
+            task = self._tasks.popleft() if self._tasks else None
+            self._admitting = self._admitting or task is None
+        if task is None:
+            self._admit(self._admitted)
+        else:
+            self._bring(*task)
+        return True
+
+    def _may_admit(self) -> bool:
+        step = self._admitted
+        if self._admitting or step in self._errors or step == self._last or step > self._asked + self._window:
+            return False
+        # beyond what the exchange needs, only while most of the budget is left for what is kept
+        return step <= self._asked + EXCHANGE_AHEAD or 2 * self._cache.reserved_bytes < self._cache.budget_bytes
+
+    def _admit(self, number: int) -> None:
+        step, error = None, None
+        try:
+            step = self._delivery.step(number)
+            self._cache.reserve(step.reserved_bytes)
+            under_way, budget = self._cache.reserved_bytes, self._cache.budget_bytes
+            if under_way > budget:
+                raise ConfigError(
+                    f"budget_bytes = {budget} is too small for rank {self._delivery.rank}: with step {number} "
+                    f"{under_way} bytes are under way at one time"
+                )
+        except Exception as caught:  # noqa: BLE001  handed to the thread that asks for the step
+            error = caught
+        with self._changed:
+            self._admitting = False
+            if error is not None or step is None:  # the steps before it can still be had
+                self._errors[number] = error or DataError(f"step {number} has no moves")
+            else:
+                self._admitted, self._steps[number] = number + 1, step
+                self._tasks.extend((step, sample) for sample in step.moves.samples_served(self._delivery.rank))
+            self._changed.notify_all()
+
+    def _bring(self, step: Step, sample: int) -> None:
+        packed, error, begin_s = None, None, time.perf_counter()
+        try:
+            packed = self._cache.get(sample, step.moves.step, lambda: self._load(sample))
+        except Exception as caught:  # noqa: BLE001  handed to the thread that asks for the step
+            error = caught
+        with self._changed:
+            step.read_s += time.perf_counter() - begin_s
+            if packed is not None:
+                step.parts[sample] = packed
+            step.error = step.error or error
+            step.missing.discard(sample)
+            self._changed.notify_all()
+
+    def _load(self, sample: int) -> torch.Tensor:
+        nbytes = self._delivery.nbytes(sample)
+        self._cache.reserve(nbytes)  # for the source's own tensors
+        try:
+            return self._delivery.load(sample)
+        finally:
+            self._cache.reserve(-nbytes)
+
+    def _conduct(self) -> bool:
+        """The conductor: the next step, once its parts are there and the exchange may go on to it."""
+        number = self._conducted
+        with self._changed:
+            while not (self._stopping or self._is_conductable(number)):
+                self._changed.wait()
+            step = None if self._stopping else self._steps[number]
+        if step is None:
+            self._say_goodbye()
+            return False
+        try:
+            self._finish(number, step)
+        except ExchangeError as error:
+            with self._changed:
+                self._fatal = error
+                self._changed.notify_all()
+            return False
+        self._conducted = number + 1
+        return True
+
+    def _is_conductable(self, number: int) -> bool:
+        if number not in self._steps or self._steps[number].missing:
+            return False
+        return self._exchange is None or number <= self._asked + EXCHANGE_AHEAD
+
+    def _finish(self, number: int, step: Step) -> None:
+        """Exchange what the step needs, put its batch together, and have it ready."""
+        result, begin_s = None, time.perf_counter()
+        try:
+            arrived = {} if self._exchange is None else self._delivery.swap(step, self._exchange)
+            self._exchange_s += time.perf_counter() - begin_s
+            if step.error is None:
+                result = self._on_device(self._delivery.batch(step, arrived))
+            del arrived
+        except ExchangeError:
+            raise
+        except Exception as caught:  # noqa: BLE001  handed to the thread that asks for the step
+            step.error = step.error or caught
+        step.parts.clear()
+        # a batch that failed is never handed out, so nothing gives its bytes back later
+        self._cache.reserve((step.batch_bytes if result is not None else 0) - step.reserved_bytes)
+        with self._changed:
+            self._read_s += step.read_s
+            self._pace.saw_read(step.read_s)
+            del self._steps[number]
+            if result is not None:
+                self._ready[number] = result
+            else:
+                self._errors[number] = step.error or DataError(f"step {number} has no batch")
+            self._changed.notify_all()
+
+    def _on_device(self, batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
+        """On a GPU: copied from pinned memory on a stream of its own, behind the step that is computed now."""
+        if self._stream is None:
+            return batch, None
+        with torch.cuda.stream(self._stream):
+            moved = {name: value.to(self._device, non_blocking=True) for name, value in batch.fields.items()}
+            event = torch.cuda.Event()
+            event.record(self._stream)
+        event.synchronize()  # in this thread: only then may the pinned memory be used again
+        return Batch(batch.step, batch.indices, batch.shape, moved), event
+
+    def _say_goodbye(self) -> None:
+        """Answer what other ranks still expect of this one, up to where all may have come."""
+        if self._exchange is None:
+            return
+        end = self._asked + EXCHANGE_AHEAD + 1
+        errors = [self._errors[number] for number in sorted(self._errors)]
+        words = str(self._fatal or (errors[0] if errors else "it stopped early"))
+        try:
+            for number in range(self._conducted, end if self._last is None else min(end, self._last)):
+                step = self._steps.get(number) or self._delivery.step(number)
+                self._delivery.decline(step, self._exchange, words)
+        except (ExchangeError, DataError):
+            return  # the others are gone already, or stop at the same samples
+
+    def close(self) -> None:
+        """End the threads, or leave one behind that does not return in `CLOSE_S` seconds."""
+        with self._changed:
+            self._stopping = self._closed = True
+            self._changed.notify_all()
+        self._workers.join(CLOSE_S)
+        if self._conductor.join(CLOSE_S) and self._exchange is not None:
+            self._exchange.forget()
+            self._exchange = None
+        with self._changed:
+            self._ready.clear()
+            self._steps.clear()
+            self._tasks.clear()
