@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import meshwright as mw
-from exchange_counts import Count, Step, by_voxel, cosmoflow, counted, even, is_even, places
+from exchange_counts import Count, Step, by_voxel, cosmoflow, counted, even, is_even, places, switch
 from meshwright.errors import UnsupportedError
 from meshwright.models.cosmoflow import CosmoFlow
 from meshwright.models.small_unet import benchmark_unet
@@ -87,17 +87,8 @@ def test_every_rank_sends_what_explicit_positions_say(parts: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("parts", SPLITS, ids=str)
 def test_the_switch_and_the_gradients_have_closed_forms(parts: tuple[int, ...]) -> None:
-    """Space ends at 256 × 2³: every rank hears every other one, axis by axis, in parts padded to equal size."""
     for rank, place in zip(planned_for(parts), places(parts), strict=True):
-        nbytes = messages = 0
-        shape = [min(2, (i + 1) * -(-2 // p)) - min(2, i * -(-2 // p)) for i, p in zip(place, parts, strict=True)]
-        for dim, p in enumerate(parts):
-            if p > 1:
-                shape[dim] = -(-2 // p)
-                nbytes += (p - 1) * 256 * shape[0] * shape[1] * shape[2] * 4
-                messages += p - 1
-                shape[dim] = 2
-        assert as_count(rank.exchanges[-1]) == Count(nbytes, messages)
+        assert as_count(rank.exchanges[-1]) == switch(256, parts, place)[0]
         ranks = len(planned_for(parts))
         short = 2 * (ranks - 1) * CONVOLUTIONS * 4 / ranks - rank.reduction.nbytes  # each bucket is rounded down
         assert 0 <= short < rank.reduction.messages
