@@ -33,6 +33,7 @@ _TRAIN_EXAMPLES = """examples:
   meshwright train --print-config > job.yaml       every setting and its default; edit, then
   meshwright train --config job.yaml
   meshwright train --set plan.depth=2 --set plan.height=2        four ranks, split in two directions
+  meshwright train --set data.path=scans           your own folder: NIfTI, HDF5, Zarr or .npy pairs
   meshwright train --set data.name=folder --set "data.images='scans/*_t1.nii.gz'" \\
                    --set "data.labels='scans/*_seg.nii.gz'" --set "data.classes=[other, tumour]"
   torchrun --nproc-per-node 2 -m meshwright train  the ranks of torchrun (or Slurm, OpenMPI) instead of local ones
@@ -115,14 +116,17 @@ def _train(args: argparse.Namespace) -> int:
         return 0
     # what can be wrong is found here, before any rank starts
     job.batch_size(settings, plan)
-    job.sources(settings)
+    settings = job.settled(settings, job.sources(settings)[0])
     if args.check:
         return _check(settings, 3 if args.steps is None else args.steps)
     path = path or Path(args.run or settings.run or rundir.default_path(RUNS))
     settings = replace(settings, run=str(path))
     if place.rank == 0:
         rundir.prepare(path, resume=resumed)
-        print(f"run {path}: {settings.data.name}, plan {plan}, {settings.train.precision}", flush=True)
+        print(
+            f"run {path}: {settings.data.path or settings.data.name}, plan {plan}, {settings.train.precision}",
+            flush=True,
+        )
     with signals.passed_on() if started is None else nullcontext(signals.Noted()) as seen:
         try:
             result = launch(loop.run, plan.ranks, (settings, str(path), resumed), threads=settings.threads)[0]

@@ -34,16 +34,19 @@ class PlanConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Which volumes. `mni152` is the template inside nilearn; `folder` reads `images` and `labels` (NIfTI)."""
+    """Which volumes: `path`, or `folder` with `images` and `labels`, or `mni152`, the template inside nilearn."""
 
+    path: str | None = None  # a folder, an HDF5 file or a Zarr group with pairs of image and label
     name: Literal["mni152", "folder"] = "mni152"
     resolution_mm: int = 2  # mni152: 1 to 4
     fold: int = 0  # mni152: 0 trains on the first planes, 1 on the last
     hemisphere: Literal["both", "left"] = "both"
     crop: bool = True  # mni152: the box around the brain instead of all planes
+    image: str = "image"  # path: the word in file names, and the name of the dataset in HDF5 and Zarr
+    label: str = "label"
     images: str | None = None  # folder: a file pattern such as scans/*_t1.nii.gz
     labels: str | None = None
-    classes: tuple[str, ...] = ()  # folder: the names of the label values 0, 1, 2 …
+    classes: tuple[str, ...] = ()  # folder: the names of the label values 0, 1, 2 …; none: counted in the labels
     intensity: tuple[float, ...] | None = None  # folder: centre and spread; None: measured in each image
     held_out: float = 0.2  # folder: the share of the cases, the last ones, that only validates
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from meshwright.data.source import Kept, ReadStats, batch_shape, read_batch
-from meshwright.data.volumes import NiftiPairs, hold_out, intensity, open_pairs
+from meshwright.data.volumes import Pairs, hold_out, intensity, open_pairs
 from meshwright.errors import DataError
 from meshwright.plan.plan import Plan, interval
 
@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def pairs(folder: Path, **options: object) -> NiftiPairs:
+def pairs(folder: Path, **options: object) -> Pairs:
     return open_pairs(f"{folder}/image_*.nii.gz", f"{folder}/label_*.nii.gz", CLASSES, **options)  # type: ignore[arg-type]
 
 

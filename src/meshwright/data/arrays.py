@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -38,6 +39,10 @@ class StoredArray(Protocol):
         """The file, and the dataset in it: "scan.h5::image"."""
 
     @property
+    def path(self) -> Path:
+        """The file or folder."""
+
+    @property
     def shape(self) -> tuple[int, ...]: ...
 
     @property
@@ -51,6 +56,9 @@ class StoredArray(Protocol):
     @property
     def spacing_mm(self) -> tuple[float, float, float] | None:
         """The size of a voxel along D, H, W, where the file knows it."""
+
+    def prepare(self, spans: Sequence[slice]) -> int:
+        """See that a stream of which several ranks of this host want boxes is decoded once; the bytes decoded now."""
 
     def read(self, spans: Sequence[slice]) -> tuple[Array, int]:
         """The box `spans` (one slice a dim) in stored numbers, and the bytes decoded. Raises `DataError`."""
@@ -66,10 +74,15 @@ class RandomAccess:
     """What formats share in which any box can be read by itself."""
 
     name: str
+    path: Path
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
     chunks: tuple[int, ...] | None
     spacing_mm: tuple[float, float, float] | None = None
+
+    def prepare(self, spans: Sequence[slice]) -> int:
+        """Nothing to do: what another rank reads would not spare this one anything."""
+        return 0
 
     def read(self, spans: Sequence[slice]) -> tuple[Array, int]:
         raise NotImplementedError

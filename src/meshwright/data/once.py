@@ -37,9 +37,16 @@ def several_ranks() -> bool:
 
 def identity(path: Path, *more: object) -> str:
     """A name for what is computed from the file as it is now, and from `more`."""
-    found = path.stat()
-    facts = (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, *more)
+    now = path.stat()
+    facts = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, *more)
     return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+
+
+def found(key: str) -> BinaryIO | None:
+    """The file `key`, open for reading, if somebody has written it."""
+    with suppress(FileNotFoundError):
+        return open(_folder() / key, "rb")
+    return None
 
 
 def once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: bool = True) -> BinaryIO | None:
@@ -49,15 +56,15 @@ def once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: b
     """
     folder = _folder()
     path = folder / key
-    with suppress(FileNotFoundError):
-        return open(path, "rb")
+    if (there := found(key)) is not None:
+        return there
     with open(folder / f"{key}.lock", "ab") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             return None
-        with suppress(FileNotFoundError):
-            return open(path, "rb")
+        if (there := found(key)) is not None:
+            return there
         if not _make_room(folder, size_bytes):
             return None
         partial = folder / f"{key}.partial"
@@ -76,6 +83,8 @@ def once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: b
 
 
 def _make_room(folder: Path, size_bytes: int) -> bool:
+    if size_bytes > MOST_BYTES:
+        return False
     done = [path for path in folder.iterdir() if not path.suffix]
     kept = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in done)
     total = sum(size for _, size, _ in kept)
@@ -85,7 +94,7 @@ def _make_room(folder: Path, size_bytes: int) -> bool:
             break
         path.unlink(missing_ok=True)
         total -= size
-    return size_bytes <= MOST_BYTES and shutil.disk_usage(folder).free >= _FREE_FACTOR * size_bytes
+    return shutil.disk_usage(folder).free >= _FREE_FACTOR * size_bytes
 
 
 def _folder() -> Path:
@@ -98,8 +107,8 @@ def _held(process: int, folder: Path) -> Path:
     """Enter the folder: a shared lock says that it is in use. A forked child enters for itself."""
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
-    found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid() or facts.st_mode & 0o077:
         raise DataError(f"{folder} is not a private folder of this user; remove it, or set TMPDIR to another place")
     users = open(folder / "users.lock", "ab")  # noqa: SIM115  open as long as the process
     _empty_if_unused(folder, users)

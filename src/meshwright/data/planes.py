@@ -12,6 +12,7 @@ import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import numpy as np
@@ -21,6 +22,7 @@ from meshwright.data.arrays import SLAB_BYTES, Array, Slab, Spans, checked, size
 from meshwright.data.nifti import Volume, truncated
 from meshwright.data.raw import RawArray
 from meshwright.data.retry import retried
+from meshwright.errors import DataError
 
 _SKIP_BYTES = 1 << 16  # decoded and dropped at a time
 
@@ -80,6 +82,8 @@ class Planes:
                 self._take(stream, start - position, keep=False)
                 data = self._take(stream, (height.stop - height.start) * row_bytes)
                 position = start + len(data)
+                if position == self.volume.offset_bytes + self.volume.data_bytes:
+                    _see_end(self.volume, stream)
                 yield np.frombuffer(data, self.volume.dtype).reshape(-1, row)[:, width]
 
     def _take(self, stream: BinaryIO, size: int, *, keep: bool = True) -> bytes:
@@ -101,38 +105,50 @@ def _decoded(volume: Volume) -> BinaryIO:
     return retried(lambda: cast(BinaryIO, gzip.open(volume.path)), volume.path)
 
 
+def _see_end(volume: Volume, stream: BinaryIO) -> None:
+    """Whoever has decoded all of a stream compares its checksum, which the decoder does at the end."""
+    try:
+        while stream.read(_SKIP_BYTES):
+            pass
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise DataError(f"{volume.path}: truncated or damaged: {error}. Fetch the file again.") from None
+
+
 def _uncompressed(reader: Planes, *, whole: bool, wait: bool = True) -> RawArray | None:
     """The numbers of a volume as they lie in a file: the volume's own, or the copy of this host.
 
     None if the stream has to be decoded: nobody on this host would share it, or there is no room for the copy.
-    `whole`: a rank that takes everything has nobody to share with.
+    `whole`: a rank that takes everything has nobody to share with, so it takes a copy but makes none.
     """
     volume = reader.volume
     shape = (volume.channels, *volume.shape)
     if not volume.compressed:
         return RawArray(volume.path, shape, volume.dtype, volume.offset_bytes)
-    if whole or not once.several_ranks():
+    if not once.several_ranks():
         return None
-    file = _copy(volume, reader, wait=wait)
+    key = once.identity(volume.path, "decoded")
+    file = once.found(key) if whole else _copy(volume, reader, key, wait=wait)
     name = f"the decoded copy of {volume.path}"
     return None if file is None else RawArray(volume.path, shape, volume.dtype, 0, label=name, handle=file, shared=True)
 
 
-def _copy(volume: Volume, reader: Planes, *, wait: bool = True) -> BinaryIO | None:
+def _copy(volume: Volume, reader: Planes, key: str, *, wait: bool) -> BinaryIO | None:
     def decode(file: BinaryIO) -> None:
         with _decoded(volume) as stream:
             reader._take(stream, volume.offset_bytes, keep=False)
             for start in range(0, volume.data_bytes, SLAB_BYTES):
                 file.write(reader._take(stream, min(SLAB_BYTES, volume.data_bytes - start)))
+            _see_end(volume, stream)
 
-    return once.once(once.identity(volume.path, "decoded"), volume.data_bytes, decode, wait=wait)
+    return once.once(key, volume.data_bytes, decode, wait=wait)
 
 
-def prepare(readers: Sequence[Planes]) -> None:
-    """Decode the files that no other rank of this host is decoding now, so that several ranks share the work."""
-    if once.several_ranks():
-        for reader in readers:
-            _uncompressed(reader, whole=reader.box_bytes in (0, reader.volume.data_bytes), wait=False)
+def prepare(readers: Sequence[Planes], *, wait: bool = False) -> None:
+    """Decode the files that no other rank of this host has decoded; without `wait`, those that none is decoding now,
+    so that several ranks share the work."""
+    for reader in readers:
+        if reader.box_bytes not in (0, reader.volume.data_bytes):
+            _uncompressed(reader, whole=False, wait=wait)
 
 
 def read_box(volume: Volume, spans: Sequence[slice]) -> tuple[Array, int]:
@@ -167,8 +183,18 @@ class NiftiArray:
     def spacing_mm(self) -> tuple[float, float, float]:
         return self.volume.spacing_mm
 
+    @property
+    def path(self) -> Path:
+        return self.volume.path
+
     def scale(self, raw: Array) -> Array:
         return self.volume.scale(raw)
+
+    def prepare(self, spans: Sequence[slice]) -> int:
+        """Decode the stream into the copy of this host, unless the box is empty or everything."""
+        reader = Planes(self.volume, spans)
+        prepare([reader], wait=True)
+        return reader.decoded_bytes
 
     def slabs(self, spans: Sequence[slice]) -> Iterator[Slab]:
         """Plane by plane, as the file has them. Raises `DataError`."""

@@ -1,38 +1,65 @@
-"""A user's own NIfTI files: pairs of image and label on one grid."""
+"""A user's own files: pairs of image and label on one grid, in any format."""
 
 from __future__ import annotations
 
 import glob
+import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import BinaryIO
 
 import numpy as np
 import torch
 
-from meshwright.data.arrays import Array
-from meshwright.data.nifti import Volume, open_volume, see_matching
-from meshwright.data.planes import Planes, read_box
-from meshwright.data.source import IMAGE, LABEL, Field, Part, kept
+from meshwright.data import once
+from meshwright.data.arrays import Array, StoredArray, box_bytes
+from meshwright.data.formats import open_array
+from meshwright.data.measure import MOST_CLASSES, Spent, count_classes, intensity, is_class
+from meshwright.data.nifti import see_matching
+from meshwright.data.planes import NiftiArray
+from meshwright.data.source import LABEL, Field, Part, kept
 from meshwright.errors import DataError
 
 
 @dataclass(frozen=True)
 class Pair:
-    """An image and its label, of which the headers have been read and compared."""
+    """An image ([D, H, W] or [C, D, H, W]) and its label ([D, H, W]), of which the headers have been compared."""
 
-    image: Volume
-    label: Volume
+    image: StoredArray
+    label: StoredArray
+    name: str = ""
+
+    def __post_init__(self) -> None:
+        shape, other = self.image.shape, self.label.shape
+        if len(shape) > 4:
+            raise DataError(f"{self.image.name} has shape {shape}; [D, H, W] or [C, D, H, W] is expected")
+        if other[-3:] != shape[-3:] or math.prod(other[:-3]) != 1:
+            raise DataError(
+                f"{self.image.name} has shape {shape} but {self.label.name} has {other} (channels, then D, H, W); "
+                "an image and its label must lie on the same grid: resample one to the other"
+            )
+        if isinstance(self.image, NiftiArray) and isinstance(self.label, NiftiArray):
+            see_matching(self.image.volume, self.label.volume)
+
+    @property
+    def channels(self) -> int:
+        return self.image.shape[0] if len(self.image.shape) == 4 else 1
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        d, h, w = self.image.shape[-3:]
+        return d, h, w
 
 
 @dataclass(frozen=True)
-class NiftiPairs:
+class Pairs:
     """A `VolumeSource` over pairs. `classes` names the label values 0, 1, 2 … that may occur.
 
     Intensities become (value − centre) / spread. With `intensity` these two numbers are given; without, they are mean
-    and standard deviation of the image's voxels that are not 0, from one pass over the whole file in its own order,
-    so equal on every rank whatever the plan (and counted in `read_bytes`).
+    and standard deviation of each channel's voxels that are not 0, from one pass over the whole image in a fixed
+    order, so equal on every rank whatever the plan (and counted in `read_bytes` of the rank that does it for its host).
     """
 
     pairs: tuple[Pair, ...]
@@ -41,102 +68,113 @@ class NiftiPairs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(pair.image.path.name for pair in self.pairs)
+        return tuple(pair.name or pair.image.path.name for pair in self.pairs)
 
     @property
     def fields(self) -> Mapping[str, Field]:
-        return {"image": IMAGE, "label": LABEL}
+        return {"image": Field("CDHW", (self.pairs[0].channels,), torch.float32), "label": LABEL}
 
     def shape(self, index: int) -> tuple[int, int, int]:
-        return self.pairs[index].image.shape
+        return self.pairs[index].shape
 
     def spacing_mm(self, index: int) -> tuple[float, float, float]:
-        return self.pairs[index].image.spacing_mm
+        return self.pairs[index].image.spacing_mm or (1.0, 1.0, 1.0)
 
     @cached_property
-    def _measured(self) -> dict[int, tuple[float, float]]:
+    def _measured(self) -> dict[int, list[tuple[float, float]]]:
         return {}
 
     def read(self, index: int, spans: Sequence[slice]) -> Part:
-        """The box `spans` of pair `index`: image [1, 1, d, h, w] float32, label [1, d, h, w] uint8.
+        """The box `spans` of pair `index`: image [1, c, d, h, w] float32, label [1, d, h, w] uint8.
 
         Raises `DataError` for damaged files, a box outside of the volume, labels that are no class number and an
         image without two different values.
         """
-        pair, scanned_bytes = self.pairs[index], 0
-        if self.intensity is not None:
-            centre, spread = self.intensity
-        else:
-            if index not in self._measured:
-                self._measured[index] = intensity(pair.image)
-                scanned_bytes = pair.image.offset_bytes + pair.image.data_bytes
-            centre, spread = self._measured[index]
-        image, image_bytes = read_box(pair.image, spans)
-        image -= np.float32(centre)
-        image /= np.float32(spread)
-        planes = Planes(pair.label, spans)
-        label = np.empty(planes.shape, np.uint8)
-        for z, plane in enumerate(planes):
-            label[z] = self._class_numbers(pair.label, plane)
-        _, h, w = pair.image.shape
-        plane_bytes = h * w * max(pair.image.dtype.itemsize, pair.label.dtype.itemsize)
+        pair, spent = self.pairs[index], Spent()
+        image_box = (*(slice(0, size) for size in pair.image.shape[:-3]), *spans)
+        label_box = (*(slice(0, 1) for _ in pair.label.shape[:-3]), *spans)
+        spent.read_bytes += pair.image.prepare(image_box) + pair.label.prepare(label_box)
+        scales = np.array(self._intensity(index, spent), np.float32).reshape(-1, 2, 1, 1, 1)
+        d, h, w = (span.stop - span.start for span in spans)
+        image = np.empty((pair.channels, d, h, w), np.float32)
+        target, scales = (image, scales) if len(image_box) == 4 else (image[0], scales[0])
+        for where, values in spent.values(pair.image, image_box):
+            centre, spread = (scales[where[0], 0], scales[where[0], 1]) if len(image_box) == 4 else scales
+            values -= centre
+            values /= spread
+            target[where] = values
+        label = np.empty((d, h, w), np.uint8)
+        for where, values in spent.values(pair.label, label_box):
+            label[where[-1:]] = self._class_numbers(pair.label, values).reshape(-1, h, w)
         return kept(
-            {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)},
-            read_bytes=scanned_bytes + image_bytes + planes.decoded_bytes,
-            ideal_read_bytes=math.prod(planes.shape) * pair.image.dtype.itemsize + planes.box_bytes,
-            transient_bytes=plane_bytes + 12 * h * w,  # a stored plane, its values in float64 and float32
+            {"image": torch.from_numpy(image), "label": torch.from_numpy(label)},
+            read_bytes=spent.read_bytes,
+            ideal_read_bytes=box_bytes(pair.image, image_box) + box_bytes(pair.label, label_box),
+            transient_bytes=spent.transient_bytes,
+            shared_bytes=spent.shared_bytes,
         )
 
-    def _class_numbers(self, label: Volume, raw: Array) -> Array:
-        values = label.scale(raw)
-        wrong = values[~((values >= 0) & (values < len(self.classes)) & (values == np.floor(values)))]
+    def _intensity(self, index: int, spent: Spent) -> list[tuple[float, float]]:
+        """(centre, spread) of each channel, measured once on this host if it is not given."""
+        if self.intensity is not None:
+            return [self.intensity] * self.pairs[index].channels
+        if index not in self._measured:
+            image = self.pairs[index].image
+
+            def make(file: BinaryIO) -> None:
+                file.write(json.dumps(intensity(image, spent)).encode())
+
+            key = once.identity(image.path, image.name, "intensity") if once.several_ranks() else None
+            file = once.once(key, 0, make) if key is not None else None
+            if file is None:
+                self._measured[index] = intensity(image, spent)
+            else:
+                with file:
+                    file.seek(0)
+                    self._measured[index] = [(mean, spread) for mean, spread in json.load(file)]
+        return self._measured[index]
+
+    def _class_numbers(self, label: StoredArray, values: Array) -> Array:
+        wrong = values[~is_class(values, len(self.classes))]
         if wrong.size:
             raise DataError(
-                f"{label.path}: label value {wrong[0]:g}; whole numbers from 0 to {len(self.classes) - 1} are expected "
+                f"{label.name}: label value {wrong[0]:g}; whole numbers from 0 to {len(self.classes) - 1} are expected "
                 f"for the {len(self.classes)} classes {', '.join(self.classes)}"
             )
         return values.astype(np.uint8)
 
 
-def intensity(volume: Volume) -> tuple[float, float]:
-    """(mean, standard deviation) of the values that are not 0, in one pass over the file, plane by plane.
+def make_pairs(
+    pairs: Sequence[Pair], classes: Sequence[str] = (), intensity: tuple[float, float] | None = None
+) -> Pairs:
+    """A source over `pairs`; without `classes` they are counted in the labels.
 
-    The means of planes are merged stably: Chan, Golub, LeVeque, "Algorithms for computing the sample variance" (1983).
-    Raises `DataError` for infinities, NaN, and an image in which all these values are equal.
+    Raises `DataError` when channels differ, and for fewer than 2 or more than 255 classes.
     """
-    count, mean, squares = 0, 0.0, 0.0
-    for raw in Planes(volume, tuple(slice(0, size) for size in volume.shape)):
-        plane = volume.scale(raw).astype(np.float64)
-        if not np.isfinite(plane).all():
-            raise DataError(f"{volume.path}: contains NaN or infinity; replace these voxels before training")
-        values = plane[plane != 0]
-        if not values.size:
-            continue
-        shift = values.mean() - mean
-        total = count + values.size
-        mean += shift * values.size / total
-        squares += values.var() * values.size + shift**2 * count * values.size / total
-        count = total
-    if squares <= 0:
-        raise DataError(f"{volume.path}: no two different values other than 0; is this the image?")
-    return float(mean), math.sqrt(squares / count)
+    if classes and not 2 <= len(classes) <= MOST_CLASSES:
+        raise DataError(f"data.classes names {len(classes)} classes; 2 to {MOST_CLASSES} are possible")
+    if intensity is not None and not intensity[1] > 0:
+        raise DataError(f"data.intensity is {list(intensity)}; the second number, the spread, must be above 0")
+    for pair in pairs[1:]:
+        if pair.channels != pairs[0].channels:
+            raise DataError(
+                f"{pairs[0].image.name} has {pairs[0].channels} channel(s) but {pair.image.name} has {pair.channels}; "
+                "a network takes one number of channels: give all images the same"
+            )
+    return Pairs(tuple(pairs), tuple(classes) or count_classes([pair.label for pair in pairs]), intensity)
 
 
 def open_pairs(
     images: str,
     labels: str,
-    classes: Sequence[str],
+    classes: Sequence[str] = (),
     intensity: tuple[float, float] | None = None,
-) -> NiftiPairs:
+) -> Pairs:
     """Pairs from two file patterns such as "scans/*_t1.nii.gz", in order of their names; headers are compared.
 
-    Raises `DataError` when a pattern finds nothing, when the counts differ, for more than 255 classes, and for any file
-    that is damaged or does not match its partner.
+    Raises `DataError` when a pattern finds nothing, when the counts differ, as `make_pairs` does, and for any file that
+    is damaged or does not match its partner.
     """
-    if not 2 <= len(classes) <= 255:
-        raise DataError(f"data.classes names {len(classes)} classes; 2 to 255 are possible")
-    if intensity is not None and not intensity[1] > 0:
-        raise DataError(f"data.intensity is {list(intensity)}; the second number, the spread, must be above 0")
     found = {
         key: sorted(glob.glob(pattern, recursive=True)) for key, pattern in (("images", images), ("labels", labels))
     }
@@ -148,15 +186,14 @@ def open_pairs(
             f"data.images {images!r} finds {len(found['images'])} files but data.labels {labels!r} finds "
             f"{len(found['labels'])}; each image needs one label, and sorted by name they must correspond"
         )
-    pairs = []
-    for image_path, label_path in zip(found["images"], found["labels"], strict=True):
-        pair = Pair(open_volume(image_path), open_volume(label_path))
-        see_matching(pair.image, pair.label)
-        pairs.append(pair)
-    return NiftiPairs(tuple(pairs), tuple(classes), intensity)
+    pairs = [
+        Pair(open_array(image), open_array(label))
+        for image, label in zip(found["images"], found["labels"], strict=True)
+    ]
+    return make_pairs(pairs, classes, intensity)
 
 
-def hold_out(source: NiftiPairs, fraction: float = 0.2) -> tuple[NiftiPairs, NiftiPairs]:
+def hold_out(source: Pairs, fraction: float = 0.2) -> tuple[Pairs, Pairs]:
     """(train, validate): the last `fraction` of the pairs, at least one, is held out.
 
     Raises `DataError` below 2 pairs.
@@ -166,10 +203,6 @@ def hold_out(source: NiftiPairs, fraction: float = 0.2) -> tuple[NiftiPairs, Nif
     if held >= count:
         raise DataError(
             f"{count} pair(s), {held} of them held out, leave nothing to train on; "
-            "give more files, or name data.validation_images and data.validation_labels"
+            "give more files, or make data.held_out smaller"
         )
-    train, validate = source.pairs[:-held], source.pairs[-held:]
-    return (
-        NiftiPairs(train, source.classes, source.intensity),
-        NiftiPairs(validate, source.classes, source.intensity),
-    )
+    return replace(source, pairs=source.pairs[:-held]), replace(source, pairs=source.pairs[-held:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
 from meshwright.config import Config
 from meshwright.data import augment, sampler
+from meshwright.data.folder import find_pairs
 from meshwright.data.mni import open_mni
 from meshwright.data.source import Kept, batch_shape, read_batch
-from meshwright.data.volumes import hold_out, open_pairs
+from meshwright.data.volumes import hold_out, make_pairs, open_pairs
 from meshwright.errors import ConfigError, PlanError
 from meshwright.models.small_unet import SmallUNet
 from meshwright.models.unet3d import UNet3D
@@ -61,21 +62,46 @@ def batch_size(config: Config, plan: Plan) -> int:
 
 
 def sources(config: Config) -> tuple[Kept, Kept]:
-    """(train, validation): files found and headers compared, nothing read. Raises `DataError`, `ConfigError`."""
+    """(train, validation): files found and headers compared; labels are read only if `data.classes` names none.
+
+    Raises `DataError`, `ConfigError`.
+    """
     data = config.data
-    if data.name == "mni152":
+    if data.path is None and data.name == "mni152":
         train, validation = open_mni(data.fold, data.resolution_mm, data.hemisphere, data.crop)
         return Kept(train), Kept(validation)
-    if data.images is None or data.labels is None:
-        missing = "data.images" if data.images is None else "data.labels"
-        raise ConfigError(f"data.name = folder needs {missing}: a file pattern such as 'scans/*_t1.nii.gz'")
     intensity = None
     if data.intensity is not None:
         if len(data.intensity) != 2:
             raise ConfigError(f"data.intensity = {list(data.intensity)}: two numbers are needed, centre and spread")
         intensity = (data.intensity[0], data.intensity[1])
-    known, held = hold_out(open_pairs(data.images, data.labels, data.classes, intensity), data.held_out)
+    if data.path is not None:
+        given = "data.images" if data.images is not None else "data.labels" if data.labels is not None else None
+        if given is not None:
+            raise ConfigError(f"data.path = {data.path!r} and {given} are both set; keep one of them")
+        pairs = make_pairs(find_pairs(data.path, data.image, data.label), data.classes, intensity)
+    elif data.images is None or data.labels is None:
+        missing = "data.images" if data.images is None else "data.labels"
+        raise ConfigError(
+            f"data.name = folder needs {missing}: a file pattern such as 'scans/*_t1.nii.gz' (or data.path: a folder)"
+        )
+    else:
+        pairs = open_pairs(data.images, data.labels, data.classes, intensity)
+    known, held = hold_out(pairs, data.held_out)
     return Kept(known), Kept(held)
+
+
+def settled(config: Config, train: Kept) -> Config:
+    """`config` with what was found in the files written out, so that no rank and no resumed run counts again."""
+    data = replace(config.data, classes=train.classes) if is_folder(config) else config.data
+    if data.path is not None:
+        data = replace(data, name="folder", path=str(Path(data.path).resolve()))
+    return replace(config, data=data)
+
+
+def is_folder(config: Config) -> bool:
+    """Whether the data are the user's own files."""
+    return config.data.path is not None or config.data.name == "folder"
 
 
 def make_model(config: Config, classes: int, channels: int = 1) -> nn.Module:
@@ -122,7 +148,7 @@ def training_batch(job: Job, step: int) -> Batch:
     batch = load(job, job.train, indices)
     flip = config.augment.flip
     if flip is None:  # the template has no label that knows a side; the labels of others may
-        flip = ("depth", "height") if config.data.name == "mni152" else ()
+        flip = () if is_folder(config) else ("depth", "height")
     ranges = augment.Augmentation(flip, config.augment.scale, config.augment.shift)
     return Batch(*augment.apply(augment.draw(ranges, config.seed, step), batch.image, batch.label))
 

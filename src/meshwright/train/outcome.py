@@ -14,7 +14,7 @@ from meshwright.config import Config
 from meshwright.parallel.apply import report
 from meshwright.plan.plan import Plan, interval
 from meshwright.train import memory, rundir
-from meshwright.train.job import Job
+from meshwright.train.job import Job, is_folder
 from meshwright.train.validate import fullest_planes
 
 _FREE_TO_CHANGE = {"ranks", "threads", "run", "plan", "checkpoint"}  # settings that do not change what is computed
@@ -76,8 +76,8 @@ def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> No
         "threads_per_rank": torch.get_num_threads(),
         "precision": config.train.precision,
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
-        "resolution_mm": float(config.data.resolution_mm) if config.data.name == "mni152" else None,
-        "fold": config.data.fold if config.data.name == "mni152" else None,
+        "resolution_mm": float(config.data.resolution_mm) if not is_folder(config) else None,
+        "fold": config.data.fold if not is_folder(config) else None,
     }
     rundir.write_json(path / rundir.SUMMARY, summary)
 
