@@ -82,7 +82,7 @@ def test_every_sample_comes_once_an_epoch_and_in_one_order_through_1000_historie
 def test_the_order_of_a_seed_is_the_same_on_every_machine_and_with_every_version() -> None:
     assert sampler.order(0, 0, 10) == (3, 8, 1, 5, 7, 9, 4, 6, 0, 2)
     assert sampler.order(3, 1, 10) == (6, 8, 3, 7, 5, 2, 9, 1, 4, 0)
-    assert Sampler(Weighted((1.0, 0.0, 3.0)), 5).batch(9) == (2, 2, 2, 2, 2, 0, 2, 2, 2)
+    assert Sampler(Weighted((1.0, 0.0, 3.0)), 5).batch(9) == (0, 2, 0, 2, 0, 2, 0, 0, 2)
     assert Sampler(Stratified(tuple("aababbaa")), 5).batch(8) == (0, 4, 3, 6, 5, 7, 2, 1)
 
 

@@ -20,9 +20,9 @@ _BLOCK = 1 << 14  # elements computed at once
 def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """`function` of every element, bit for bit the same wherever in a tensor the element is.
 
-    Torch computes powers, logarithms and cosines of whole vector registers with one algorithm and of the remainder with
-    another, which differs in the last bit. So `x` is laid out in blocks that have no remainder and that torch does not
-    share out among threads. Sums, products and quotients need none of this: IEEE 754 rounds them alike everywhere.
+    Torch computes powers of whole vector registers with one algorithm and of the remainder with another, which differs
+    in the last bit; logarithms and cosines may. So `x` is laid out in blocks that have no remainder and that torch does
+    not share out among threads. Sums, products and quotients need none of this: IEEE 754 rounds them alike everywhere.
     """
     flat = x.contiguous().view(-1)
     padded = torch.nn.functional.pad(flat, (0, -flat.numel() % 64), value=1)
@@ -30,7 +30,7 @@ def elementwise(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat(blocks)[: flat.numel()].view(x.shape) if blocks else function(x)
 
 
-class _PerVoxel:
+class PerVoxel:
     """The geometry of a transform that needs just the box it makes."""
 
     fields: tuple[str, ...] | None
@@ -57,7 +57,7 @@ class _PerVoxel:
 
 
 @dataclass(frozen=True)
-class Linear(_PerVoxel):
+class Linear(PerVoxel):
     """x · scale + shift. `fields` None: all images (spatial fields of floating point)."""
 
     scale: float = 1.0
@@ -69,7 +69,7 @@ class Linear(_PerVoxel):
 
 
 @dataclass(frozen=True)
-class Gamma(_PerVoxel):
+class Gamma(PerVoxel):
     """low + (high − low) · ((x − low) / (high − low)) ^ gamma; x below `low` counts as `low`.
 
     The range is given, not measured: the extremes of a part are not those of the sample. `fields` as in `Linear`.
@@ -90,7 +90,7 @@ class Gamma(_PerVoxel):
 
 
 @dataclass(frozen=True)
-class Noise(_PerVoxel):
+class Noise(PerVoxel):
     """x + sigma · a standard normal number that depends on `key`, the field's name and the global position only.
 
     The position includes the channel. Box and Muller on SplitMix64 (`parallel.noise`), computed in fp64 and rounded to

@@ -11,8 +11,11 @@ from functools import cached_property
 
 import numpy as np
 
-from meshwright.data.sampler import Indices, shuffle, words
+from meshwright.data.chance import key, words
+from meshwright.data.sampler import Indices, shuffle
 from meshwright.parallel.noise import unit
+
+_STREAM = 0x77677431  # keeps these numbers apart from others drawn from the same seed
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class Weighted:
         return np.cumsum(np.asarray(self.weights, np.float64))
 
     def span(self, seed: int, epoch: int, lo: int, hi: int) -> Indices:
-        at = unit(words(lo, hi, self.count, seed, epoch)).numpy() * self._reach[-1]
+        at = unit(words(key(_STREAM, seed, epoch), self.count, lo, hi)).numpy() * self._reach[-1]
         found = np.searchsorted(self._reach, at, side="right")  # right: a weight of 0 has no width to fall into
         last = int(np.flatnonzero(self.weights)[-1])  # rounding may reach the upper end
         return np.minimum(found, last).astype(np.int64)

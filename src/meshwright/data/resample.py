@@ -55,7 +55,7 @@ def resample(
     if not math.prod(sizes(box)):
         return found
     for slab in _slabs(box):
-        here = (..., *(slice(s.lo - b.lo, s.hi - b.lo) for s, b in zip(slab, box, strict=True)))
+        here = slice(slab[0].lo - box[0].lo, slab[0].hi - box[0].lo)
         coordinates = torch.broadcast_tensors(*at(slab))
         if fill[0] is None:
             coordinates = tuple(x.clamp(0, size - 1) for x, size in zip(coordinates, shape, strict=True))
@@ -63,18 +63,23 @@ def resample(
         for name, field in part.items():
             look = _Lookup(field, source, shape, fill)
             if name in nearest or not field.is_floating_point():
-                found[name][here] = look([(x + 0.5).floor().long() for x in coordinates])
+                _rows(found[name], box, here).copy_(look([(x + 0.5).floor().long() for x in coordinates]))
                 continue
             share = [(x - corner).to(field.dtype) for x, corner in zip(coordinates, corners, strict=True)]
             first = [corner.long() for corner in corners]
-            total: Tensor | None = None
+            total = torch.zeros((), dtype=field.dtype)
             for ends in itertools.product((0, 1), repeat=len(shape)):
                 value = look([i + end for i, end in zip(first, ends, strict=True)])
                 for end, weight in zip(ends, share, strict=True):
                     value = value * (weight if end else 1 - weight)
-                total = value if total is None else total + value
-            found[name][here] = total
+                total = total + value
+            _rows(found[name], box, here).copy_(total)
     return found
+
+
+def _rows(field: Tensor, box: Box, rows: slice) -> Tensor:
+    """A view of the rows of a field along its first spatial dim."""
+    return field.narrow(field.ndim - len(box), rows.start, rows.stop - rows.start)
 
 
 class _Lookup:

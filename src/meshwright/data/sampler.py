@@ -15,9 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
+from meshwright.data.chance import key, words
 from meshwright.errors import DataError
-from meshwright.parallel import noise
-from meshwright.plan.geometry import Interval
 
 _STREAM = 0x736D7031  # keeps these numbers apart from others drawn from the same seed
 
@@ -39,18 +38,10 @@ class Order(Protocol):
         """The samples at the places lo … hi - 1 (within 0 … count) of `epoch`."""
 
 
-def words(lo: int, hi: int, count: int, *key: int) -> torch.Tensor:
-    """64 random bits for each of the places lo … hi - 1 of `count`: a function of the whole numbers of `key`."""
-    mixed = noise.mix(_STREAM)
-    for number in key:
-        mixed = noise.mix(mixed ^ number)
-    return noise.words(mixed, (count,), (Interval(lo, hi),), torch.device("cpu"))
-
-
 @lru_cache(maxsize=4)
-def shuffle(count: int, *key: int) -> Indices:
-    """A random permutation of `count` numbers: the order of their random words (to be read, not written)."""
-    found: Indices = torch.argsort(words(0, count, count, *key), stable=True).numpy()
+def shuffle(count: int, *numbers: int) -> Indices:
+    """A random permutation of 0 … count - 1 that depends on `numbers`: the order of random words. Not to be written."""
+    found: Indices = torch.argsort(words(key(_STREAM, *numbers), count), stable=True).numpy()
     found.flags.writeable = False
     return found
 
@@ -107,13 +98,13 @@ class Sampler:
     def load(self, saved: Mapping[str, Any]) -> Sampler:
         """This sampler at the saved position. Raises `DataError` if another order was saved, or something else."""
         own = self.save()
-        kinds = {key: type(value) for key, value in own.items()}
-        if {key: type(value) for key, value in saved.items()} != kinds or saved["seen"] < 0:
+        kinds = {what: type(value) for what, value in own.items()}
+        if {what: type(value) for what, value in saved.items()} != kinds or saved["seen"] < 0:
             raise DataError(f"{dict(saved)!r} is no saved position of a sampler, such as {own}")
-        for key in ("order", "samples", "seed"):
-            if saved[key] != own[key]:
+        for what in ("order", "samples", "seed"):
+            if saved[what] != own[what]:
                 raise DataError(
-                    f"the checkpoint was in an order with {key} = {saved[key]}, this job has {key} = {own[key]}: "
+                    f"the checkpoint was in an order with {what} = {saved[what]}, this job has {what} = {own[what]}: "
                     "the epoch cannot go on where it was; use the same data and seed, or start anew"
                 )
         return replace(self, seen=saved["seen"])
