@@ -1,0 +1,63 @@
+"""Augmented samples as a source: what reads parts of volumes reads parts of augmented volumes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from meshwright.data import transforms
+from meshwright.data.source import Field, Part, ReadStats, VolumeSource
+from meshwright.data.transforms import Transform
+
+
+class Augmented:
+    """A `VolumeSource` of which sample i is the sample `indices[i]` of `source` under `drawn[i]`.
+
+    Boxes that are exactly what the transform makes come from `source`; other boxes, which differ from step to step,
+    from `fresh` (None: `source` too), so that a source that keeps what it has read does not keep each of them.
+    """
+
+    def __init__(
+        self,
+        source: VolumeSource,
+        indices: Sequence[int],
+        drawn: Sequence[Transform],
+        fresh: VolumeSource | None = None,
+    ) -> None:
+        if len(indices) != len(drawn):
+            raise ValueError(f"{len(indices)} samples but {len(drawn)} transforms")
+        self._source, self._indices, self._drawn = source, tuple(indices), tuple(drawn)
+        self._fresh = fresh if fresh is not None else source
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._source.names[index] for index in self._indices)
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self._source.classes
+
+    @property
+    def fields(self) -> Mapping[str, Field]:
+        return self._source.fields
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        """D, H, W of the augmented sample. Raises `DataError` if its transform does not fit."""
+        d, h, w = self._drawn[index].output_shape(self._source.shape(self._indices[index]))
+        return d, h, w
+
+    def spacing_mm(self, index: int) -> tuple[float, float, float]:
+        """As in the file, before any turn."""
+        return self._source.spacing_mm(self._indices[index])
+
+    def read(self, index: int, spans: Sequence[slice]) -> Part:
+        """The box `spans` of augmented sample `index`; raises `DataError` as the source and the transform do."""
+        sample, transform = self._indices[index], self._drawn[index]
+        shape = self._source.shape(sample)
+        boxes = transforms.source_spans(transform, spans, shape)
+        source = self._source if boxes == (tuple(spans),) else self._fresh
+        parts = [source.read(sample, box) for box in boxes]
+        volumes = [name for name, field in self.fields.items() if "D" in field.layout]
+        one = [{name: tensor[0] for name, tensor in part.items()} for part in parts]
+        built = transforms.build(transform, one, spans, shape, volumes)
+        stats = sum((part.stats for part in parts), ReadStats())
+        return Part({name: tensor[None] for name, tensor in built.items()}, stats)
