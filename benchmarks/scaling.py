@@ -6,6 +6,9 @@ every rank; `--count` trains one step on 8 local ranks and compares what they ac
     python benchmarks/scaling.py                    # 512 cubed, fp32, one sample, split in one, two and three dims
     python benchmarks/scaling.py --edge 256 --dtype bf16
     python benchmarks/scaling.py --count            # 128 cubed on 8 ranks, about a minute
+    unshare -rn sh -c "ip link set lo up; python benchmarks/scaling.py --wire"
+
+The last does the same by messages and shows beside it what the loopback interface of a network of its own has carried.
 """
 
 from __future__ import annotations
@@ -13,17 +16,22 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import time
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from rich.console import Console
 from rich.table import Table
 
 import meshwright as mw
 from meshwright.models.cosmoflow import CosmoFlow
-from meshwright.parallel.account import totals
+from meshwright.parallel.account import Totals, totals
+from meshwright.parallel.transport import VARIABLE
 from meshwright.plan.exchange import RankStep, Sent, planned, total
 from meshwright.plan.layers import Network, layers_of
 
@@ -106,8 +114,29 @@ def plan_all(edge: int, dtype: str, console: Console) -> list[dict[str, Any]]:
     return rows
 
 
-def count(dtype: str) -> dict[tuple[int, ...], list[tuple[int, int]]]:
-    """On each of 8 ranks: (bytes, messages) forward and backward, by the totals of the account."""
+def loopback() -> tuple[int, int]:
+    """Bytes and packets that the loopback interface has carried since it is up, headers included; Linux only."""
+    try:
+        lines = Path("/proc/net/dev").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return 0, 0
+    fields = next(line.split(":")[1].split() for line in lines if line.strip().startswith("lo:"))
+    return int(fields[8]), int(fields[9])
+
+
+def reading() -> tuple[Totals, tuple[int, int]]:
+    """When all ranks have received all that was sent, and none has gone on."""
+    dist.barrier()
+    found = totals.copy(), loopback()
+    dist.barrier()
+    return found
+
+
+def count(dtype: str, wire: bool) -> dict[tuple[int, ...], list[tuple[int, int, int, int]]]:
+    """On each of 8 ranks, forward and backward: (bytes, messages) by the totals of the account, (bytes, packets) that
+    the loopback interface carried for all of them."""
+    if wire:
+        os.environ[VARIABLE] = "messages"
     torch.set_num_threads(1)
     found = {}
     for parts in SPLITS[8]:
@@ -117,32 +146,45 @@ def count(dtype: str) -> dict[tuple[int, ...], list[tuple[int, int]]]:
         x = torch.randn((1, 4, edge, edge, edge), generator=torch.Generator().manual_seed(1))
         x = mw.shard(x.to(DTYPES[dtype], memory_format=torch.channels_last_3d), plan)
         model = mw.parallelize(model, plan, strict=True)
-        start = totals.copy()
+        model(x).square().mean().backward()
+        readings = [reading()]
         loss = model(x).square().mean()
-        middle = totals.copy()
+        readings.append(reading())
         loss.backward()
-        moved = middle - start, totals - middle
-        found[parts] = [(phase.sent_bytes, phase.messages) for phase in moved]
+        readings.append(reading())
+        found[parts] = [
+            ((b - a).sent_bytes, (b - a).messages, after[0] - before[0], after[1] - before[1])
+            for (a, before), (b, after) in pairwise(readings)
+        ]
     return found
 
 
-def count_all(dtype: str, console: Console) -> bool:
+def count_all(dtype: str, wire: bool, console: Console) -> bool:
     """Whether 8 ranks accounted for exactly what was planned."""
-    ranks = mw.launch(count, ranks=8, args=(dtype,), threads=1)
+    ranks = mw.launch(count, ranks=8, args=(dtype, wire), threads=1)
     layers, same = network(COUNTED_EDGE, DTYPES[dtype]), True
     table = Table(title=f"CosmoFlow {COUNTED_EDGE}³ on 8 ranks, {dtype}: bytes (messages) of all ranks in a step")
-    for column in ("depth × height × width", "", "planned", "counted", "rank by rank"):
+    for column in (
+        "depth × height × width",
+        "",
+        "planned",
+        "counted",
+        "rank by rank",
+        *(["loopback: bytes (packets)"] if wire else []),
+    ):
         table.add_column(column)
     for parts in SPLITS[8]:
         steps = planned(layers, plan_of(parts))
         wanted = [(step.forward, step.backward.plus(step.reduction)) for step in steps]
         for way, name in enumerate(("forward", "backward")):
-            pairs = [(step[way], Sent(*rank[parts][way])) for step, rank in zip(wanted, ranks, strict=True)]
+            pairs = [(step[way], Sent(*rank[parts][way][:2])) for step, rank in zip(wanted, ranks, strict=True)]
             sums = [total(side) for side in zip(*pairs, strict=True)]
             equal = all(a == b for a, b in pairs)
             same &= equal
             texts = [f"{s.nbytes:,} ({s.messages:,})" for s in sums]
-            table.add_row(" × ".join(map(str, parts)), name, *texts, "equal" if equal else "[red]different")
+            texts.append("equal" if equal else "[red]different")
+            nbytes, packets = ranks[0][parts][way][2:]
+            table.add_row(" × ".join(map(str, parts)), name, *texts, *[f"{nbytes:,} ({packets:,})"][: int(wire)])
     console.print(table)
     return same
 
@@ -152,6 +194,7 @@ def main() -> None:
     parser.add_argument("--edge", type=int, choices=[128, 256, 512], default=512)
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
     parser.add_argument("--count", action="store_true", help=f"run {COUNTED_EDGE} cubed on 8 local ranks and compare")
+    parser.add_argument("--wire", action="store_true", help="the same by messages, beside the loopback's own counter")
     parser.add_argument("--json", metavar="FILE", help="also write the planned figures there")
     options = parser.parse_args()
     console = Console(width=None if sys.stdout.isatty() else 140)
@@ -160,7 +203,7 @@ def main() -> None:
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(rows, file, indent=1)
-    if options.count and not count_all(options.dtype, console):
+    if (options.count or options.wire) and not count_all(options.dtype, options.wire, console):
         sys.exit("the run did not send what was planned")
 
 
