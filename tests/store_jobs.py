@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import threading
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -156,13 +157,8 @@ def serve(
     }
 
 
-def train_until(
-    fault_step: int, kind: str, where: str, bad: int | None = None, timeout_s: float = 60.0, folder: str | None = None
-) -> int:
+def train_until(fault_step: int, kind: str, where: str, bad: int | None = None, timeout_s: float = 60.0) -> int:
     """Two sample groups take batches; `kind` happens to rank 1 at `fault_step`: "kill" in the exchange, "close", …"""
-    import os
-    import signal
-
     plan = mw.Plan.uniform(data=2)
     source = Numbers(((6, 5, 4),) * 8, bad=bad, bad_rank=1)
     steps = [batch_of(5, step, 8, 2) for step in range(24)]
@@ -201,5 +197,14 @@ def caught(fault_step: int, kind: str, where: str, bad: int | None = None) -> st
     return "nothing"
 
 
-def folder_is_empty(path: str) -> bool:
-    return not list(Path(path).iterdir())
+def caught_split(bad: int) -> str:
+    """The same where whole samples are read and halves are used: each rank needs what the other reads."""
+    source = Numbers(((6, 5, 4),) * 8, bad=bad, bad_rank=1)
+    plan, reading = mw.Plan.uniform(depth=2), mw.Plan.uniform(data=2)
+    try:
+        with Store(source, plan, lambda s: [2 * s, 2 * s + 1], budget_bytes=MANY, last=4, reading=reading) as store:
+            for batch in store:
+                assert batch.step < bad // 2
+    except MeshwrightError as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"

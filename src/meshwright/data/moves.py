@@ -7,6 +7,7 @@ could not says so instead of falling silent. One thread only may use an `Exchang
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Sequence
 from datetime import timedelta
@@ -123,6 +124,13 @@ class Exchange:
         except RuntimeError as error:
             raise ExchangeError(f"rank {self._circle[peer]} does not answer: {error}") from error
 
-    def forget(self) -> None:
-        """Let go of the group: before the process groups are closed no thread may hold one."""
+    def hang_up(self) -> None:
+        """No message comes after the last one: a rank that waits for another sees it at once, where memory is shared.
+
+        Acknowledgements still come in, for a slower rank may be reading. The group is let go of: before the process
+        groups are closed no thread may hold one.
+        """
+        for channel in self._channels.values():
+            os.close(channel.bell_in)
+            os.close(channel.bell_out)
         self._group, self._channels = None, {}

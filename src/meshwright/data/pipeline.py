@@ -278,7 +278,7 @@ class Pipeline:
             self._changed.notify_all()
         self._workers.join(CLOSE_S)
         if self._conductor.join(CLOSE_S) and self._exchange is not None:
-            self._exchange.forget()
+            self._exchange.hang_up()
             self._exchange = None
         with self._changed:
             self._ready.clear()

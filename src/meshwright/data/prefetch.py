@@ -88,7 +88,7 @@ class Workers:
     def join(self, limit_s: float) -> bool:
         """Wait for all threads to end, which their `work` must let them; False if one still runs after `limit_s`."""
         with self._lock:
-            threads, self._wanted = list(self._threads), 0
+            threads = list(self._threads)
         for thread in threads:
             thread.join(limit_s)
         return not any(thread.is_alive() for thread in threads)
