@@ -58,6 +58,7 @@ def test_a_finished_run_has_every_file_and_can_be_resumed_without_change(data: l
     train(settings, run)
     before = bits(run)
     names = {"config.yaml", "plan.yaml", "machine.json", "steps.jsonl", "validation.jsonl", "ranks.json", "layers.json"}
+    names.add("reading.json")
     assert names | {"slices.npz", "summary.json", "checkpoints"} == {path.name for path in run.iterdir()}
     ranks = json.loads((run / "ranks.json").read_text())
     assert [rank["interval"][0] for rank in ranks] == [[0, 7], [7, 13]]

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from meshwright.report.headline import sentence, state, title
-from meshwright.report.run import Run, load_run
+from meshwright.report.run import Run, load_run, whole_epochs
 from meshwright.report.timing import breakdown
 from meshwright.report.units import bytes_text, dice_text, percent_text, ratio_text, seconds_text
 
@@ -68,6 +68,13 @@ def _memory(run: Run) -> Table:
 
 
 def _reading(run: Run) -> Table:
+    if run.reading:
+        table = _table("Reading", "epoch", "rank", "read", "ideal", "of ideal", "shared copy")
+        for row in (*run.reading, *whole_epochs(run.reading)):
+            sizes = (bytes_text(row.read_bytes), bytes_text(row.ideal_read_bytes))
+            ratio, shared = ratio_text(row.read_bytes, row.ideal_read_bytes), bytes_text(row.shared_bytes)
+            table.add_row(str(row.epoch), str(row.rank) if row.rank >= 0 else "all", *sizes, ratio, shared)
+        return table
     table = _table("Reading", "rank", "read", "ideal", "of ideal")
     for r in run.ranks:
         ratio = ratio_text(r.read_bytes, r.ideal_read_bytes)

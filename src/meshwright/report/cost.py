@@ -6,7 +6,7 @@ from html import escape
 from statistics import median
 
 from meshwright.report.chart import Series, legend, stacked
-from meshwright.report.run import Run
+from meshwright.report.run import Run, whole_epochs
 from meshwright.report.sections import panel, section
 from meshwright.report.tables import Cell, Column, Html, bar, folded, table
 from meshwright.report.timing import breakdown, percentile
@@ -125,7 +125,28 @@ def memory(run: Run) -> str:
         folded("Peak memory per rank", columns, memory_rows),
         legend([("measured", "data", "box"), ("ideal", "other", "tick")]),
         folded("Data per rank beside the ideal", data, data_rows),
+        _epochs(run),
     )
+
+
+def _epochs(run: Run) -> str:
+    """Bytes read ÷ ideal, per epoch and rank, and over all ranks; epochs that read nothing have no row."""
+    rows = sorted((*run.reading, *whole_epochs(run.reading)), key=lambda row: (row.epoch, row.rank))
+    if not rows:
+        return ""
+    columns = [Column("Epoch", "text"), Column("Rank"), Column("Read from files"), Column("Ideal"), Column("of ideal")]
+    cells: list[list[Cell]] = [
+        [
+            str(row.epoch),
+            str(row.rank) if row.rank >= 0 else "all",
+            bytes_text(row.read_bytes),
+            bytes_text(row.ideal_read_bytes),
+            ratio_text(row.read_bytes, row.ideal_read_bytes),
+            bytes_text(row.shared_bytes),
+        ]
+        for row in rows
+    ]
+    return folded("Training data read in each epoch", [*columns, Column("From the host's decoded copy")], cells)
 
 
 def layers(run: Run) -> str:

@@ -60,6 +60,18 @@ class RankRecord:
 
 
 @dataclass(frozen=True)
+class ReadingRow:
+    """Bytes of training data that one rank read in one epoch: an entry of `reading.json`. `shared_bytes` came from the
+    copy of a stream that one rank of its host had decoded."""
+
+    epoch: int
+    rank: int
+    read_bytes: int
+    ideal_read_bytes: int
+    shared_bytes: int
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """Bytes that one operation of one layer sent to neighbours, or to everybody for want of a local rule."""
 

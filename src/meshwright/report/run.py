@@ -8,14 +8,15 @@ because in a run that was resumed they are those of its earlier end.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from meshwright.errors import DataError
 from meshwright.plan.plan import Plan
 from meshwright.report.planes import Slices, load_slices
-from meshwright.report.records import LayerRow, RankRecord, Step, Summary, Validation, decode
+from meshwright.report.records import LayerRow, RankRecord, ReadingRow, Step, Summary, Validation, decode
 
 T = TypeVar("T")
 Logged = TypeVar("Logged", Step, Validation)
@@ -33,6 +34,7 @@ class Run:
     steps: tuple[Step, ...]
     validation: tuple[Validation, ...]
     ranks: tuple[RankRecord, ...]
+    reading: tuple[ReadingRow, ...]
     layers: tuple[LayerRow, ...]
     slices: Slices | None
     summary: Summary | None
@@ -79,6 +81,7 @@ def load_run(run_dir: str | Path) -> Run:
         steps=_log(Step, path / "steps.jsonl", ended, notes),
         validation=_log(Validation, path / "validation.jsonl", ended, notes),
         ranks=_rows(RankRecord, path / "ranks.json") if ended else (),
+        reading=_rows(ReadingRow, path / "reading.json") if ended and (path / "reading.json").is_file() else (),
         layers=_rows(LayerRow, path / "layers.json") if ended else (),
         slices=load_slices(path / "slices.npz") if ended else None,
         summary=summary,
@@ -86,6 +89,20 @@ def load_run(run_dir: str | Path) -> Run:
     )
     _agree(run)
     return run
+
+
+def whole_epochs(rows: Sequence[ReadingRow]) -> list[ReadingRow]:
+    """The sums over ranks, one row per epoch, with rank -1."""
+    found: dict[int, ReadingRow] = {}
+    for row in rows:
+        total = found.get(row.epoch, ReadingRow(row.epoch, -1, 0, 0, 0))
+        found[row.epoch] = replace(
+            total,
+            read_bytes=total.read_bytes + row.read_bytes,
+            ideal_read_bytes=total.ideal_read_bytes + row.ideal_read_bytes,
+            shared_bytes=total.shared_bytes + row.shared_bytes,
+        )
+    return list(found.values())
 
 
 def _agree(run: Run) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -14,9 +14,10 @@ from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
 from meshwright.config import Config
 from meshwright.data import augment, sampler
+from meshwright.data.counted import Counted
 from meshwright.data.folder import find_pairs
 from meshwright.data.mni import open_mni
-from meshwright.data.source import Kept, batch_shape, read_batch
+from meshwright.data.source import Kept, ReadStats, VolumeSource, batch_shape, read_batch
 from meshwright.data.volumes import hold_out, make_pairs, open_pairs
 from meshwright.errors import ConfigError, PlanError
 from meshwright.models.small_unet import SmallUNet
@@ -50,6 +51,10 @@ class Job:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     split: bool = True
+    reads: Counted | None = None  # what `train` reads from
+    reading: dict[int, ReadStats] = field(
+        default_factory=dict
+    )  # by epoch, from 1; epochs that read nothing are left out
 
 
 def batch_size(config: Config, plan: Plan) -> int:
@@ -61,15 +66,14 @@ def batch_size(config: Config, plan: Plan) -> int:
     return size
 
 
-def sources(config: Config) -> tuple[Kept, Kept]:
+def sources(config: Config) -> tuple[VolumeSource, VolumeSource]:
     """(train, validation): files found and headers compared; labels are read only if `data.classes` names none.
 
     Raises `DataError`, `ConfigError`.
     """
     data = config.data
     if data.path is None and data.name == "mni152":
-        train, validation = open_mni(data.fold, data.resolution_mm, data.hemisphere, data.crop)
-        return Kept(train), Kept(validation)
+        return open_mni(data.fold, data.resolution_mm, data.hemisphere, data.crop)
     intensity = None
     if data.intensity is not None:
         if len(data.intensity) != 2:
@@ -87,11 +91,10 @@ def sources(config: Config) -> tuple[Kept, Kept]:
         )
     else:
         pairs = open_pairs(data.images, data.labels, data.classes, intensity)
-    known, held = hold_out(pairs, data.held_out)
-    return Kept(known), Kept(held)
+    return hold_out(pairs, data.held_out)
 
 
-def settled(config: Config, train: Kept) -> Config:
+def settled(config: Config, train: VolumeSource) -> Config:
     """`config` with what was found in the files written out, so that no rank and no resumed run counts again."""
     data = replace(config.data, classes=train.classes) if is_folder(config) else config.data
     if data.path is not None:
@@ -137,7 +140,9 @@ def build(
         state.restore_optimizer(optimizer, model, checkpoint, saved)
         state.restore_clock(model, checkpoint)
     rank = dist.get_rank() if split and dist.is_initialized() else 0
-    return Job(config, plan, rank, device, train, validation, model, optimizer, split), checkpoint
+    reads = Counted(train)
+    job = Job(config, plan, rank, device, Kept(reads), Kept(validation), model, optimizer, split, reads)
+    return job, checkpoint
 
 
 def training_batch(job: Job, step: int) -> Batch:
@@ -151,6 +156,14 @@ def training_batch(job: Job, step: int) -> Batch:
         flip = () if is_folder(config) else ("depth", "height")
     ranges = augment.Augmentation(flip, config.augment.scale, config.augment.shift)
     return Batch(*augment.apply(augment.draw(ranges, config.seed, step), batch.image, batch.label))
+
+
+def note_reading(job: Job, step: int) -> None:
+    """Add what has been read since the last call to the epoch in which `step` begins."""
+    spent = job.reads.take() if job.reads is not None else ReadStats()
+    if spent != ReadStats():
+        epoch = (step - 1) * batch_size(job.config, job.plan) // len(job.train.names) + 1
+        job.reading[epoch] = job.reading.get(epoch, ReadStats()) + spent
 
 
 def load(job: Job, source: Kept, indices: Sequence[int]) -> Batch:

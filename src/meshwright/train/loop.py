@@ -19,7 +19,7 @@ from meshwright.config import Config
 from meshwright.guard.inject import fault_point
 from meshwright.parallel.account import totals
 from meshwright.train import memory, outcome, rundir, signals, state
-from meshwright.train.job import Job, batch_size, build, training_batch
+from meshwright.train.job import Job, batch_size, build, note_reading, training_batch
 from meshwright.train.plans import resolve_plan
 from meshwright.train.progress import Display
 from meshwright.train.step import optimise
@@ -85,6 +85,7 @@ def _timed_step(job: Job, step: int) -> dict[str, Any]:
     """One step and the line of `steps.jsonl` that describes it."""
     before, start_s = totals.copy(), time.perf_counter()
     batch = training_batch(job, step)
+    note_reading(job, step)
     data_s = time.perf_counter() - start_s
     done = optimise(job, batch, step)
     step_s = time.perf_counter() - start_s

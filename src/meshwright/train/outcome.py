@@ -11,6 +11,7 @@ from meshwright.checkpoint.format import Checkpoint
 from meshwright.cluster import agree
 from meshwright.cluster.machine import describe
 from meshwright.config import Config
+from meshwright.data.source import ReadStats
 from meshwright.parallel.apply import report
 from meshwright.plan.plan import Plan, interval
 from meshwright.train import memory, rundir
@@ -58,12 +59,13 @@ def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
 def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> None:
     """Planes, layers, ranks and the summary. Collective; rank 0 writes."""
     planes = fullest_planes(job)
-    ranks = _ranks(job, resident)
+    ranks, reading = _ranks(job, resident), _reading(job)
     if job.rank > 0:
         return
     rundir.write_arrays(path / "slices.npz", planes)
     rundir.write_json(path / "layers.json", report(job.model))
     rundir.write_json(path / "ranks.json", ranks)
+    rundir.write_json(path / "reading.json", reading)
     config = job.config
     summary = {
         "finished": True,
@@ -75,6 +77,8 @@ def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> No
         "ranks": job.plan.ranks,
         "threads_per_rank": torch.get_num_threads(),
         "precision": config.train.precision,
+        "read_bytes": sum(row["read_bytes"] for row in reading),
+        "ideal_read_bytes": sum(row["ideal_read_bytes"] for row in reading),
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
         "resolution_mm": float(config.data.resolution_mm) if not is_folder(config) else None,
         "fold": config.data.fold if not is_folder(config) else None,
@@ -103,3 +107,17 @@ def _ranks(job: Job, resident: int) -> list[dict[str, Any]]:
         }
         for rank, values in enumerate(agree.gather(own))
     ]
+
+
+def _reading(job: Job) -> list[dict[str, int]]:
+    """One record per epoch and rank, of the epochs in which some rank read training data; collective."""
+    epochs = sorted(job.reading)
+    most = agree.largest(len(epochs))
+    known = {epoch for row in agree.gather([*epochs, *[0] * (most - len(epochs))]) for epoch in row if epoch > 0}
+    found = []
+    for epoch in sorted(known):
+        spent = job.reading.get(epoch, ReadStats())
+        rows = agree.gather((spent.read_bytes, spent.ideal_read_bytes, spent.shared_bytes))
+        names = ("read_bytes", "ideal_read_bytes", "shared_bytes")
+        found += [{"epoch": epoch, "rank": rank, **dict(zip(names, row, strict=True))} for rank, row in enumerate(rows)]
+    return found
