@@ -58,6 +58,73 @@ def plan_for(edge: int, name: str) -> tuple[RankStep, ...]:
     return planned(layers_of(network(edge, "meta"), example), plan_of(name))
 
 
+def uneven() -> nn.Module:
+    layers = [nn.Conv3d(2, 3, 5, padding="same", dilation=2), nn.ReLU(), nn.MaxPool3d(3, 2, 1)]
+    layers += [nn.Conv3d(3, 4, (3, 2, 1), stride=(1, 2, 3), padding=1, bias=False), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Dropout(), nn.LazyLinear(5))
+
+
+def flat() -> nn.Module:
+    layers = [nn.Conv2d(3, 4, (3, 2), padding=1, dilation=(2, 1)), nn.AvgPool2d(2, ceil_mode=True), nn.GELU()]
+    return nn.Sequential(*layers, nn.Conv2d(4, 4, 1, groups=2), nn.MaxPool2d(4, 3, dilation=1))
+
+
+def line() -> nn.Module:
+    return nn.Sequential(nn.Conv1d(2, 3, 7, padding=6), nn.AvgPool1d(3, 1, 1), nn.Conv1d(3, 2, 2, stride=4))
+
+
+# name → module, shape of its input, plans; whether the input is trained
+OTHERS: dict[str, tuple[Any, tuple[int, ...], list[dict[str, int]], bool]] = {
+    "uneven": (uneven, (2, 2, 13, 11, 9), [{"data": 2, "depth": 2, "height": 2}, {"depth": 4, "width": 2}], False),
+    "flat": (flat, (4, 3, 17, 22), [{"height": 4, "width": 2}, {"data": 2, "height": 2, "width": 2}], True),
+    "line": (line, (3, 2, 29), [{"width": 8}, {"data": 2, "width": 4}, {"data": 4, "width": 2}], True),
+}
+
+
+def made(name: str) -> tuple[nn.Module, torch.Tensor]:
+    make, shape, _, trained = OTHERS[name]
+    torch.manual_seed(0)
+    module, x = make(), torch.randn(shape)
+    module(x)  # lazy layers learn their sizes
+    return module, x.requires_grad_(trained)
+
+
+def other_steps() -> dict[tuple[str, int], tuple[Phase, Phase]]:
+    """On each rank: a step of every other network under every plan of it."""
+    torch.set_num_threads(1)
+    found = {}
+    for name, (_, _, plans, trained) in OTHERS.items():
+        for index, axes in enumerate(plans):
+            plan = mw.Plan.uniform(**axes)
+            module, x = made(name)
+            module = mw.parallelize(module, plan, strict=True)
+            x = mw.shard(x.detach(), plan).requires_grad_(trained)
+            with watched() as wire:
+                before = reading(module)
+                y = module(x)
+                forward = phase(module, before, wire)
+                before = reading(module)
+                y.backward(torch.ones_like(y))
+                found[name, index] = forward, phase(module, before, wire)
+    return found
+
+
+def test_other_networks_are_planned_too() -> None:
+    """Any kernel, stride, dilation, padding and plan, uneven and empty shards, and the batch split as well."""
+    ranks = mw.launch(other_steps, ranks=8, threads=1)
+    for name, (_, _, plans, _) in OTHERS.items():
+        layers = layers_of(*made(name))
+        for index, axes in enumerate(plans):
+            plan = planned(layers, mw.Plan.uniform(**axes))
+            assert sum(step.backward.nbytes for step in plan) > 0
+            for step, found in zip(plan, ranks, strict=True):
+                forward, backward = found[name, index]
+                where = f"{name}, {axes}, rank {step.rank}"
+                assert forward.sent == step.forward, where
+                assert backward.sent == step.backward.plus(step.reduction), where
+                assert backward.reduced_bytes == step.reduction.nbytes, where
+
+
 def steps(transport: str) -> dict[tuple[int, str], tuple[Phase, Phase]]:
     """On each rank: the second step under every plan."""
     os.environ[VARIABLE] = transport
