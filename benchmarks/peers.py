@@ -37,7 +37,8 @@ FORMATS = ("", CONTIGUOUS)  # each peer runs in channels_last_3d and in torch's 
 TARGETS = {"fp32": 1.00, "bf16": 1.10}  # a peer's step ÷ ours, at least
 EXACT = 1e-8  # what a model may differ from one device in fp64
 ROUNDED = 1e-6  # a wrong exchange is far above this, a factor that was rounded to fp32 below
-NOISES = 10  # how many times the noise of one device a right answer may differ in the timed dtype
+NOISES = 10  # how many times the noise of one device a right answer may differ in the timed dtype …
+FLOOR = 1e-5  # … which by chance may be none
 
 
 def absent(options: argparse.Namespace) -> dict[str, str]:
@@ -100,7 +101,7 @@ def verdict(errors: dict[str, float], noise: dict[str, float]) -> str:
     """Whether a contender's answer is that of one device, in a word; NaN is wrong."""
     if not errors:
         return "has no answer"
-    bound = NOISES * max(noise.values())
+    bound = max(FLOOR, NOISES * max(noise.values()))
     if errors["fp64"] <= ROUNDED and all(errors[key] <= bound for key in noise):
         return "right" if errors["fp64"] <= EXACT else "right to fp32"
     return "WRONG"

@@ -72,7 +72,7 @@ class DistConv(Contender):
     """LBANN's DistConv: `DistConvDDP` around the module, `DCTensor` around the shard.
 
     The output stays split and each rank takes its share of the loss, as its users train U-Nets. Its tests bring the
-    output to one rank instead (`to_ddp`), which is slower. `DistConvDDP` adds the gradients of the shards up. On CPUs
+    output to one rank instead (`to_ddp`): an exchange more. `DistConvDDP` adds the gradients of the shards up. On CPUs
     gloo refuses its channels_last halos, so they are sent as views (`send_any_format`).
     """
 

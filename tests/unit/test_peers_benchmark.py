@@ -49,6 +49,7 @@ def test_a_wrong_answer_is_called_wrong(peers: ModuleType) -> None:
     noise = {"loss": 1e-6, "gradients": 1e-3}
     right = {"fp64": 1e-14, "loss": 1e-6, "gradients": 2e-3}
     assert peers.verdict(right, noise) == "right"
+    assert peers.verdict({"fp64": 1e-14, "loss": 6e-8, "gradients": 8e-7}, {"loss": 0.0, "gradients": 0.0}) == "right"
     assert peers.verdict(right | {"fp64": 3e-8}, noise) == "right to fp32"
     for off in ({"fp64": 1e-5}, {"gradients": 0.1}, {"loss": 0.1}, {"loss": math.nan}, {"fp64": math.nan}):
         assert peers.verdict(right | off, noise) == "WRONG"
