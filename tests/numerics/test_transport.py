@@ -13,6 +13,7 @@ import torch.distributed as dist
 import meshwright as mw
 from meshwright.errors import RankError
 from meshwright.models.small_unet import benchmark_unet
+from meshwright.parallel.collective import Gather, Sum, SumQueue
 from meshwright.parallel.shared import LARGEST_KEPT_BYTES, MOST_UNREAD
 from meshwright.parallel.transport import VARIABLE, Transfer, channels
 
@@ -82,9 +83,9 @@ def trained() -> list[torch.Tensor]:
     """Two steps of a network whose every exchange is posted early and waited for late."""
     torch.manual_seed(0)
     plan = mw.Plan.uniform(depth=2, height=2)
-    model = mw.parallelize(benchmark_unet(), plan)
+    model = mw.parallelize(benchmark_unet().double(), plan)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    x = mw.shard(torch.randn(1, 4, 12, 20, 16, generator=torch.Generator().manual_seed(1)), plan)
+    x = mw.shard(torch.randn(1, 4, 12, 20, 16, generator=torch.Generator().manual_seed(1)).double(), plan)
     for _ in range(2):
         optimizer.zero_grad()
         (model(x) ** 2).mean().backward()
@@ -120,11 +121,68 @@ def test_a_rank_that_runs_ahead_waits_for_its_neighbour() -> None:
         assert whole
 
 
-def test_both_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The transport moves bytes and changes none."""
-    shared = mw.launch(trained, ranks=4)[0]
+def test_both_train_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport changes no byte that it moves; sums of more than two ranks differ by the order of the summands."""
+    shared = mw.launch(trained, ranks=4)
+    assert all(torch.equal(a, b) for other in shared[1:] for a, b in zip(shared[0], other, strict=True))
     monkeypatch.setenv(VARIABLE, "messages")
-    assert all(torch.equal(a, b) for a, b in zip(shared, mw.launch(trained, ranks=4)[0], strict=True))
+    for ours, theirs in zip(shared[0], mw.launch(trained, ranks=4)[0], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+FOLDS = {"sum": torch.sum, "max": torch.amax, "min": torch.amin, "product": torch.prod}
+
+
+def sums_and_gathers() -> bool:
+    """Every fold and type, sizes below the number of ranks too, against the fold of what all ranks hold."""
+    group, me, ranks = dist.new_group(), dist.get_rank(), dist.get_world_size()
+    used = bool(channels(group))
+    for dtype in (torch.float64, torch.float32, torch.int64, torch.int32):
+        for size in (1, 2, 5, 70_001):
+            every = torch.stack([_numbers(rank, size, dtype) for rank in range(ranks)])
+            for op, fold in FOLDS.items():
+                flat = every[me].clone()
+                Sum(flat, group, op).wait()
+                assert torch.allclose(flat, fold(every, 0).to(dtype)), (dtype, size, op)
+            out = torch.empty_like(every)
+            Gather(every[me].clone(), out, group).wait()
+            assert torch.equal(out, every), (dtype, size)
+    halves = torch.full((3,), 1.0 if me else 256.0, dtype=torch.bfloat16)  # one by one in bf16, no 1 would count
+    Sum(halves, group).wait()
+    assert not used or halves.tolist() == [float(torch.tensor(255.0 + ranks).bfloat16())] * 3
+    return used
+
+
+@pytest.mark.parametrize("ranks", [2, 3, 8])
+def test_sums_and_gathers(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory and messages."""
+    assert all(mw.launch(sums_and_gathers, ranks=ranks))
+    monkeypatch.setenv(VARIABLE, "messages")
+    assert not any(mw.launch(sums_and_gathers, ranks=ranks))
+
+
+def sums_under_way() -> bool:
+    """Many sums at once, folded early by some ranks and late by others, on a lane of their own."""
+    group, me, ranks = dist.new_group(), dist.get_rank(), dist.get_world_size()
+    channels(group, 1)
+    late = dist.new_group()
+    posted, queue = [], SumQueue()
+    for number in range(98):
+        flat = torch.full((1000 + number,), float(number * (me + 1)))
+        posted.append((number, flat, Sum(flat, group, lane=1)))
+        queue.add(posted[-1][2])
+        if number % 7 == me:
+            dist.barrier(late)  # ranks run ahead of each other by turns
+    queue.fold()
+    for number, flat, under_way in reversed(posted):
+        under_way.wait()
+        assert flat.eq(number * ranks * (ranks + 1) / 2).all(), number
+    return True
+
+
+def test_sums_overtake_no_other() -> None:
+    """Early and late folds meet in the right order."""
+    assert all(mw.launch(sums_under_way, ranks=3))
 
 
 def large_slots_are_given_back() -> int:

@@ -1,7 +1,7 @@
 """Collectives along mesh axes on plain local tensors. Every byte that leaves this rank is counted here.
 
 Nothing is converted by objects or pickled: only tensors travel. All results are the same bits on every rank and
-in every run: sums are taken in the order of the ranks by the backend's fixed schedule.
+in every run.
 """
 
 from __future__ import annotations
@@ -16,13 +16,12 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.errors import ExchangeError
 from meshwright.parallel.account import Ledger, sent, totals
+from meshwright.parallel.collective import Gather, Sum, summed_bytes
 from meshwright.parallel.layout import global_strides
 from meshwright.parallel.mesh import coordinates, group, sizes
 from meshwright.parallel.transport import Transfer
 from meshwright.plan.geometry import chunk
 
-# torch 2.13 renamed it
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 Place = tuple[str, str]  # (layer, op) on whose behalf something is sent
 
 
@@ -44,7 +43,7 @@ class Cause:
         )
 
 
-def wait(works: Sequence[dist.Work | Transfer], cause: Cause) -> None:
+def wait(works: Sequence[Transfer | Sum | Gather], cause: Cause) -> None:
     """Wait for posted work; the time is counted as waiting for neighbours."""
     start = time.perf_counter()
     try:
@@ -60,16 +59,18 @@ def all_reduce(
 ) -> torch.Tensor:
     """The sum (or "max", "min", "product") of `local` over the ranks along `axes`; a new tensor, equal on all."""
     out = local.clone(memory_format=torch.contiguous_format)
-    ops = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}
-    ops["product"] = dist.ReduceOp.PRODUCT
     small = out.dtype in (torch.bool, torch.int16, torch.uint16)  # types gloo cannot reduce
     work = out.to(torch.int32) if small else out
     for axis in axes:
         ranks = sizes(mesh)[axis]
         if ranks == 1:
             continue
-        cause.sent(2 * (ranks - 1) * work.numel() * work.element_size() // ranks)
-        wait([dist.all_reduce(work, ops[op], group=group(mesh, axis), async_op=True)], cause)
+        cause.sent(summed_bytes(work.numel() * work.element_size(), ranks))
+        try:
+            total = Sum(work.view(-1), group(mesh, axis), op)
+        except RuntimeError as error:
+            raise cause.failed(error) from error
+        wait([total], cause)
     return work.to(out.dtype) if small else work
 
 
@@ -81,9 +82,11 @@ def all_gather_stack(local: torch.Tensor, mesh: DeviceMesh, axis: int, cause: Ca
     local = local.contiguous()
     cause.sent((ranks - 1) * local.numel() * local.element_size(), ranks - 1)
     out = local.new_empty((ranks, *local.shape))
-    # as bytes: backends differ in the types they gather; a single element may keep an odd stride, which bytes cannot
-    flat_out, flat_in = out.view(-1).view(torch.uint8), local.as_strided((local.numel(),), (1,)).view(torch.uint8)
-    wait([_all_gather(flat_out, flat_in, group=group(mesh, axis), async_op=True)], cause)
+    try:
+        gather = Gather(local, out, group(mesh, axis))
+    except RuntimeError as error:
+        raise cause.failed(error) from error
+    wait([gather], cause)
     return out
 
 

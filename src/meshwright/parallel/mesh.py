@@ -13,6 +13,7 @@ from meshwright.cluster.process_group import ensure_process_group, set_time_limi
 from meshwright.parallel.transport import channels
 from meshwright.plan.plan import Plan
 
+SUMS_LANE = 1  # of the groups for gradients: sums come back when they are ready, not in the order of the summands
 _meshes: dict[tuple[object, ...], DeviceMesh] = {}
 
 
@@ -72,12 +73,16 @@ def reduction_groups(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, DeviceMesh]:
     world = dist.new_group(list(range(mesh.size())))
     set_time_limit(world)
     names = tuple(mesh.mesh_dim_names or ())
-    return world, _limited(init_device_mesh(mesh.device_type, sizes(mesh), mesh_dim_names=names))
+    own = _limited(init_device_mesh(mesh.device_type, sizes(mesh), mesh_dim_names=names))
+    for pg in (world, *(own.get_group(axis) for axis in range(own.ndim))):
+        for lane in (0, SUMS_LANE):
+            channels(pg, lane)
+    return world, own
 
 
 def _forget() -> None:
     _meshes.clear()
-    for cached in (group, coordinates, sizes, reduction_groups, channels):
+    for cached in (group, coordinates, sizes, reduction_groups):
         cached.cache_clear()
 
 

@@ -12,6 +12,9 @@ import mmap
 import os
 import select
 import struct
+import threading
+import time
+import weakref
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -47,12 +50,17 @@ class Channel:
     _made: int = 0
     _theirs: dict[int, torch.Tensor] = field(default_factory=dict)  # the neighbour's slots by number
     _expected: deque[torch.Tensor] = field(default_factory=deque)  # buffers in the order of the pieces to come
+    _thread: int = 0  # who uses it now
+
+    def __post_init__(self) -> None:
+        _open.add(self)
 
     def send(self, piece: torch.Tensor, limit_s: float) -> None:
         """Copy `piece` (any strides) to shared memory and ring. Waits only where the neighbour is far behind.
 
         Raises RuntimeError when it has ended or takes nothing for `limit_s`.
         """
+        self._thread = threading.get_ident()
         self._await_room(limit_s)
         nbytes = piece.numel() * piece.element_size()
         slot = self._free_slot(nbytes)
@@ -65,6 +73,7 @@ class Channel:
 
     def expect(self, buffer: torch.Tensor) -> None:
         """The next piece but those expected already is for `buffer` (contiguous)."""
+        self._thread = threading.get_ident()
         self._expected.append(buffer)
 
     def receive(self, buffer: torch.Tensor, limit_s: float) -> None:
@@ -72,14 +81,25 @@ class Channel:
 
         Raises RuntimeError when the neighbour has ended, sends nothing for `limit_s`, or sends another size.
         """
-        while any(buffer is other for other in self._expected):
-            self._take(self._expected.popleft(), limit_s)
+        while self.expects(buffer):
+            if not _await(self.bell_in, limit_s):
+                raise RuntimeError(f"no answer within {limit_s:g} s")
+            self._take()
 
-    def _take(self, buffer: torch.Tensor, limit_s: float) -> None:
+    def expects(self, buffer: torch.Tensor) -> bool:
+        """Whether `buffer` is still to be filled."""
+        return any(buffer is other for other in self._expected)
+
+    def take_arrived(self) -> None:
+        """Fill the expected buffers whose pieces are here, without waiting for others."""
         poll = select.poll()
         poll.register(self.bell_in, select.POLLIN)
-        if not poll.poll(limit_s * 1000):
-            raise RuntimeError(f"no answer within {limit_s:g} s")
+        while self._expected and poll.poll(0):
+            self._take()
+
+    def _take(self) -> None:
+        """Fill the first expected buffer with the piece that is here."""
+        buffer = self._expected.popleft()
         token = os.read(self.bell_in, _TOKEN.size)
         if not token:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended")
@@ -99,17 +119,10 @@ class Channel:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended ({error})") from error
 
     def _await_room(self, limit_s: float) -> None:
-        """Until few enough pieces lie unread. What arrives meanwhile is taken: the neighbour may wait likewise."""
+        """Until few enough pieces lie unread."""
         while sum(slot.busy for slot in self._slots) >= MOST_UNREAD:
-            poll = select.poll()
-            poll.register(self.ack_in, select.POLLIN)
-            if self._expected:
-                poll.register(self.bell_in, select.POLLIN)
-            ready = dict(poll.poll(limit_s * 1000))
-            if not ready:
+            if not _await(self.ack_in, limit_s):
                 raise RuntimeError(f"process {self.pid} took none of {MOST_UNREAD} pieces within {limit_s:g} s")
-            if self.bell_in in ready:
-                self._take(self._expected.popleft(), limit_s)
             self._read_acks()
 
     def _free_slot(self, nbytes: int) -> _Slot:
@@ -136,6 +149,28 @@ class Channel:
             if slot.memory.numel() > LARGEST_KEPT_BYTES:
                 self._slots.remove(slot)
                 os.close(slot.file)
+
+
+_open: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+def _await(file: int, limit_s: float) -> bool:
+    """Until `file` can be read; whether it can, within the limit.
+
+    What arrives meanwhile on any channel of this thread is taken: whoever sent it may be waiting for room, and the
+    one waited for here may be waiting for him.
+    """
+    me, end_s = threading.get_ident(), time.monotonic() + limit_s
+    while True:
+        others = {c.bell_in: c for c in _open if c._expected and c._thread == me and c.bell_in != file}
+        poll = select.poll()
+        for each in (file, *others):
+            poll.register(each, select.POLLIN)
+        ready = dict(poll.poll(max(0.0, end_s - time.monotonic()) * 1000))
+        if file in ready or not ready:
+            return file in ready
+        for each in ready:
+            others[each]._take()
 
 
 def _mapped(file: int, size: int, close: bool = False) -> torch.Tensor:

@@ -14,11 +14,12 @@ import torch
 import torch.distributed as dist
 
 from meshwright.cluster.limits import exchange_timeout_s
+from meshwright.cluster.process_group import when_leaving
 from meshwright.errors import ConfigError
 from meshwright.parallel.shared import Channel
 
 VARIABLE = "MESHWRIGHT_TRANSPORT"
-MOST_NEIGHBOURS = 63  # a rank with more of them along one axis takes messages: each costs six open files
+MOST_NEIGHBOURS = 15  # a rank with more of them in a group takes messages: each costs six open files a lane
 
 
 def _here() -> int:
@@ -38,9 +39,17 @@ def _is_wanted() -> bool:
     return value == "auto" and hasattr(os, "memfd_create")
 
 
+def channels(group: dist.ProcessGroup, lane: int = 0) -> dict[int, Channel]:
+    """The channels to the other ranks of a group, by rank in the group; none: messages. Collective, once a lane.
+
+    Pieces of one lane arrive in the order they are posted in; what takes its own time uses a lane of its own.
+    """
+    return _channels(group, lane)
+
+
 @lru_cache(maxsize=1024)
-def channels(group: dist.ProcessGroup) -> dict[int, Channel]:
-    """The channels to the other ranks of a group, by rank in the group; none: messages. Collective, once a group.
+def _channels(group: dist.ProcessGroup, lane: int) -> dict[int, Channel]:
+    """The handshake.
 
     All ranks decide alike: one that lies elsewhere, or cannot open a file of another, turns shared memory off for all.
     """
@@ -78,6 +87,9 @@ def channels(group: dist.ProcessGroup) -> dict[int, Channel]:
     return found if int(agreed) else {}
 
 
+when_leaving(_channels.cache_clear)  # they are kept by group
+
+
 class Transfer:
     """Pieces under way between this rank and others of a group. The buffers are the caller's, and contiguous."""
 
@@ -86,6 +98,7 @@ class Transfer:
         group: dist.ProcessGroup,
         sends: Sequence[tuple[int, torch.Tensor]],
         receives: Sequence[tuple[int, torch.Tensor]],
+        lane: int = 0,
     ) -> None:
         """(rank in the group, tensor) each. Pieces of one rank for another arrive in the order they are posted in."""
         sends = [(peer, piece) for peer, piece in sends if piece.numel()]
@@ -94,7 +107,7 @@ class Transfer:
         self._keep: list[torch.Tensor] = []  # what messages are sent from must outlive the transfer
         tensors = [tensor for _, tensor in (*sends, *self._receives)]
         on_cpu = bool(tensors) and tensors[0].device.type == "cpu"
-        self._channels = channels(group) if on_cpu else {}
+        self._channels = channels(group, lane) if on_cpu else {}
         if self._channels:
             for peer, buffer in self._receives:
                 self._channels[peer].expect(buffer)
@@ -106,6 +119,13 @@ class Transfer:
             for (peer, _), piece in zip(sends, self._keep, strict=True):
                 operations.append(dist.P2POp(dist.isend, piece, group=group, group_peer=peer))
             self._works = dist.batch_isend_irecv(operations)
+
+    def is_complete(self) -> bool:
+        """Whether all pieces are in their buffers; takes those that have arrived, without waiting. Channels only."""
+        for peer, _ in self._receives:
+            self._channels[peer].take_arrived()
+        self._receives = [(peer, buffer) for peer, buffer in self._receives if self._channels[peer].expects(buffer)]
+        return not self._receives
 
     def wait(self) -> None:
         """Until all pieces are in their buffers. Raises RuntimeError when a rank is dead or late."""

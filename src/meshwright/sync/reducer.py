@@ -23,8 +23,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from meshwright.errors import ExchangeError, UnsupportedError
 from meshwright.parallel.account import totals
 from meshwright.parallel.apply import set_reducer
+from meshwright.parallel.collective import Sum, SumQueue, summed_bytes
 from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, splits
-from meshwright.parallel.mesh import reduction_groups, sizes
+from meshwright.parallel.mesh import SUMS_LANE, reduction_groups, sizes
 from meshwright.parallel.tensor import is_mesh, spec_of
 
 if TYPE_CHECKING:
@@ -50,13 +51,12 @@ class _Flight:
             self.stages = [(own_mesh.get_group(axis), sizes(self.mesh)[axis]) for axis in axes]
         self.work = self._start(*self.stages[0])
 
-    def _start(self, pg: dist.ProcessGroup, ranks: int) -> dist.Work:
-        nbytes = 2 * (ranks - 1) * self.flat.numel() * self.flat.element_size() // ranks
+    def _start(self, pg: dist.ProcessGroup, ranks: int) -> Sum:
+        nbytes = summed_bytes(self.flat.numel() * self.flat.element_size(), ranks)
         totals.sent_bytes += nbytes
         totals.reduced_bytes += nbytes
         totals.messages += 1
-        work: dist.Work = dist.all_reduce(self.flat, group=pg, async_op=True)
-        return work
+        return Sum(self.flat, pg, lane=SUMS_LANE)
 
     def land(self) -> None:
         """Wait, and give every parameter its sum."""
@@ -150,6 +150,7 @@ class Reducer:
         self._missing = [{id(p) for p in _living(bucket)} for bucket in self._buckets]
         self._started = 0
         self._flights: list[_Flight] = []
+        self._sums = SumQueue()
         self._queued, self._task = False, -1
 
     def _ready(self, p: Any) -> None:
@@ -184,7 +185,9 @@ class Reducer:
             axes = () if p.grad is None else partial_axes(tuple(p.grad._spec.placements))
             if axes:
                 groups.setdefault((axes, p.grad._local_tensor.dtype), []).append(p)
-        self._flights += [_Flight(parameters, axes) for (axes, _), parameters in groups.items()]
+        for (axes, _), parameters in groups.items():
+            self._flights.append(_Flight(parameters, axes))
+            self._sums.add(self._flights[-1].work)
         self._started += 1
 
     def _finish(self) -> None:
@@ -192,6 +195,7 @@ class Reducer:
         try:
             while self._started < len(self._buckets):
                 self._start_next()
+            self._sums.fold()
             for flight in self._flights:
                 flight.land()
         except RuntimeError as error:

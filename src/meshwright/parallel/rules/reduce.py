@@ -157,11 +157,7 @@ def prod(func: Any, args: Any, kwargs: Any) -> Any:
 def merged_moments(
     local: torch.Tensor, dims: Sequence[int], mesh: DeviceMesh, axes: Sequence[int], cause: Cause
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and sum of squared deviations over `dims` of the parts of all ranks along `axes`; dims kept, fp64.
-
-    The ranks' own moments are merged stably (Chan, Golub and LeVeque 1979), so inputs with a large offset keep
-    their variance.
-    """
+    """Mean and sum of squared deviations over `dims` of the parts of all ranks along `axes`; dims kept, fp64."""
     wide = local.float() if local.dtype in (torch.bfloat16, torch.float16) else local
     here = math.prod(local.shape[dim] for dim in dims)
     if here and local.numel():
@@ -169,7 +165,17 @@ def merged_moments(
     else:
         shape = [1 if dim in dims else size for dim, size in enumerate(local.shape)]
         var = mean = wide.new_zeros(shape)
-    mean, deviation = mean.double(), var.double() * here
+    return merge_moments(mean.double(), var.double() * here, here, mesh, axes, cause)
+
+
+def merge_moments(
+    mean: torch.Tensor, deviation: torch.Tensor, here: int, mesh: DeviceMesh, axes: Sequence[int], cause: Cause
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean and sum of squared deviations of all ranks along `axes` from those of the `here` values on each (fp64).
+
+    The ranks' own moments are merged stably (Chan, Golub and LeVeque 1979), so inputs with a large offset keep
+    their variance.
+    """
     count = torch.full_like(mean, here)
     for axis in axes:
         means, deviations, counts = all_gather_stack(torch.stack([mean, deviation, count]), mesh, axis, cause).unbind(1)

@@ -1,0 +1,146 @@
+"""Sums and gathers over a group, made of pieces that travel as `transport.py` has them travel.
+
+Between processes of one host a sum is a reduce-scatter and an all-gather through shared memory: no thread of a
+backend takes a core from the computation, and small sums, like the moments of a norm, cost microseconds. Elsewhere
+the backend's own collectives are called. Summands are added in the order of the ranks, so that all ranks get the same
+bits in every run; half precision is added up in fp32.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from meshwright.parallel.transport import Transfer, channels
+from meshwright.plan.geometry import chunk
+
+# torch 2.13 renamed it
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+MOST_UNFOLDED = 8  # sums of one queue whose summands are still awaited; below shared.MOST_UNREAD
+_HALF = (torch.bfloat16, torch.float16)
+_OPERATIONS = {
+    "sum": dist.ReduceOp.SUM,
+    "max": dist.ReduceOp.MAX,
+    "min": dist.ReduceOp.MIN,
+    "product": dist.ReduceOp.PRODUCT,
+}
+_FOLDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "sum": torch.add,
+    "max": torch.maximum,
+    "min": torch.minimum,
+    "product": torch.mul,
+}
+
+
+def summed_bytes(nbytes: int, ranks: int) -> int:
+    """What each rank sends for the sum of `nbytes`: its share to every owner, and its own sum to everybody."""
+    return 2 * (ranks - 1) * nbytes // ranks
+
+
+class Sum:
+    """The sum (or "max", "min", "product") of contiguous 1-D `flat` over a group, under way; `flat` becomes it.
+
+    Two ranks swap all they have; more send each owner its chunk and get the owners' sums back, on `lane` of the
+    group's channels. `flat` must be left alone until `wait` returns.
+    """
+
+    def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup, op: str = "sum", lane: int = 0) -> None:
+        self._flat, self._group, self._op, self._lane = flat, group, op, lane
+        self._work: dist.Work | None = None
+        self._back: Transfer | None = None
+        self._folded = False
+        if flat.device.type != "cpu" or not channels(group):
+            self._work = dist.all_reduce(flat, _OPERATIONS[op], group=group, async_op=True)
+            return
+        ranks, me = dist.get_world_size(group), dist.get_rank(group)
+        self._me = me
+        if ranks == 2:
+            self._spans = {0: flat, 1: flat}
+        else:
+            spans = (chunk(flat.numel(), ranks, rank) for rank in range(ranks))
+            self._spans = {rank: flat.narrow(0, span.lo, span.size) for rank, span in enumerate(spans)}
+        peers = [rank for rank in range(ranks) if rank != me]
+        self._theirs = {peer: torch.empty_like(self._spans[me]) for peer in peers}
+        sends = [(peer, self._spans[peer]) for peer in peers]
+        self._out = Transfer(group, sends, list(self._theirs.items()))
+
+    def fold(self, wait: bool = True) -> bool:
+        """Add up what has arrived and send it on; whether that has been done. Without `wait` only if all is here."""
+        if self._folded or self._work is not None:
+            return True
+        if not (wait or self._out.is_complete()):
+            return False
+        self._out.wait()
+        mine, parts = self._spans[self._me], self._theirs
+        if mine.numel():
+            wide = torch.float32 if mine.dtype in _HALF and len(parts) > 1 else mine.dtype
+            values = [parts.get(rank, mine).to(wide) for rank in range(len(parts) + 1)]
+            total = values[0]
+            for value in values[1:]:
+                total = _FOLDS[self._op](total, value)
+            mine.copy_(total)
+        if len(parts) > 1:
+            receives = [(peer, self._spans[peer]) for peer in parts]
+            self._back = Transfer(self._group, [(peer, mine) for peer in parts], receives, self._lane)
+        self._folded, self._theirs = True, {}
+        return True
+
+    def is_complete(self) -> bool:
+        """Whether a folded sum is here; takes of it what has arrived, without waiting."""
+        return self._back is None or self._back.is_complete()
+
+    def wait(self) -> None:
+        """Until `flat` holds the result. Raises RuntimeError when a rank is dead or late."""
+        if self._work is not None:
+            self._work.wait()
+            return
+        self.fold()
+        if self._back is not None:
+            self._back.wait()
+
+
+class SumQueue:
+    """Sums under way one behind the other, few of them not yet folded: a rank that runs ahead waits there.
+
+    Folding follows the order of the sums on every rank. That few are open, and that what comes back is taken each
+    time, keeps the pieces that lie unread on either lane within `shared.MOST_UNREAD` (twice `MOST_UNFOLDED`), so that
+    no circle of ranks waits for room with each other.
+    """
+
+    def __init__(self) -> None:
+        self._open: deque[Sum] = deque()
+        self._folded: list[Sum] = []
+
+    def add(self, total: Sum) -> None:
+        """Fold what can be folded by now, take what has come back, and take in one more."""
+        while self._open and self._open[0].fold(wait=len(self._open) >= MOST_UNFOLDED):
+            self._folded.append(self._open.popleft())
+        self._folded = [folded for folded in self._folded if not folded.is_complete()]
+        self._open.append(total)
+
+    def fold(self) -> None:
+        """Wait until all are folded."""
+        while self._open:
+            self._open.popleft().fold()
+
+
+class Gather:
+    """Contiguous `local` of all ranks of a group, in their order, under way into `out` [ranks, *local.shape]."""
+
+    def __init__(self, local: torch.Tensor, out: torch.Tensor, group: dist.ProcessGroup) -> None:
+        if local.device.type != "cpu" or not channels(group):
+            # as bytes: backends differ in the types they gather; a single element may keep an odd stride
+            flat_in = local.as_strided((local.numel(),), (1,)).view(torch.uint8)
+            self._work = _all_gather(out.view(-1).view(torch.uint8), flat_in, group=group, async_op=True)
+            return
+        me, ranks = dist.get_rank(group), dist.get_world_size(group)
+        peers = [rank for rank in range(ranks) if rank != me]
+        self._work = Transfer(group, [(peer, local) for peer in peers], [(peer, out[peer]) for peer in peers])
+        out[me].copy_(local)
+
+    def wait(self) -> None:
+        """Until `out` is whole. Raises RuntimeError when a rank is dead or late."""
+        self._work.wait()
