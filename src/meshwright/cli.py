@@ -1,4 +1,4 @@
-"""The command `meshwright`: doctor · train · report."""
+"""The command `meshwright`: doctor · data · train · report."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from meshwright import __version__, config
 from meshwright.cluster.cluster import Cluster
 from meshwright.cluster.launch import launch
 from meshwright.config import Config
+from meshwright.data import commands as data_commands
 from meshwright.errors import MeshwrightError, RankError
 from meshwright.report.console import summary
 from meshwright.report.doctor import doctor
@@ -23,6 +24,7 @@ RUNS = Path("runs")
 
 _EXAMPLES = """examples:
   meshwright doctor                                what this machine offers and what is missing
+  meshwright data convert scans/ cut/ --depth 2    your NIfTI pairs as Zarr, no chunk cut between 2 ranks
   meshwright train                                 a 3-D U-Net on a real MRI volume, split over 2 local ranks
   meshwright train --ranks 4 --set model.base=16   four ranks, a wider network
   meshwright train --check                         is the split run the same as one device? in numbers
@@ -71,10 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"meshwright {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="doctor | train | report")
+    commands = parser.add_subparsers(required=True, metavar="doctor | data | train | report")
 
     sub = commands.add_parser("doctor", help="what this machine offers, and what is missing")
     sub.set_defaults(command=lambda args: doctor())
+
+    sub = commands.add_parser("data", help="checksums of data files; conversion to chunks that fit a plan")
+    data_commands.add_to(sub)
 
     sub = commands.add_parser(
         "train",

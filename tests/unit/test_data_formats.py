@@ -328,3 +328,20 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_not_a_signal(tmp_path:
     path.write_bytes(header.read(600))
     with pytest.raises(DataError, match=r"x.npy: truncated or damaged: 2468 bytes expected, 600 found"):
         array.read(tuple(slice(0, size) for size in SHAPE))
+
+
+def test_the_stated_bytes_are_those_that_the_kernel_saw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside them: an HDF5 file's own metadata, and the read-ahead of Python's files (8 KiB a shard)."""
+    counter = Path("/proc/self/io")
+    if not counter.exists():
+        pytest.skip("no /proc/self/io on this system")
+    monkeypatch.setattr(__name__ + ".CHUNKS", (16, 16, 16))
+    whole = np.random.default_rng(0).integers(0, 30000, (64, 64, 64)).astype("<i2")
+    for name, write in FORMATS.items():
+        array = open_array(write(tmp_path / f"array{len(list(tmp_path.iterdir()))}", whole))
+        array.read((slice(0, 1),) * 3)
+        before = int(counter.read_text().split()[1])
+        values, read_bytes = array.read((slice(3, 9), slice(0, 64), slice(0, 64)))
+        seen = int(counter.read_text().split()[1]) - before
+        assert values.nbytes == 6 * 64 * 64 * 2
+        assert seen <= read_bytes + (1 << 10 if name in EXACT else 40 << 10), name

@@ -7,7 +7,7 @@ bytes read ÷ ideal is a number and not a hope.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -135,6 +135,18 @@ def chunk_bytes(array: StoredArray | RandomAccess, spans: Sequence[slice]) -> in
     assert array.chunks is not None
     touched = [-(-span.stop // size) - span.start // size for span, size in zip(spans, array.chunks, strict=True)]
     return math.prod(touched) * math.prod(array.chunks) * array.dtype.itemsize
+
+
+def spacing_of(attributes: Mapping[str, Any], name: str) -> tuple[float, float, float] | None:
+    """The attribute `spacing_mm` (D, H, W) of an array, if it has one. Raises `DataError` for anything else there."""
+    raw = attributes.get("spacing_mm")
+    if raw is None:
+        return None
+    try:
+        d, h, w = (float(size) for size in raw)
+    except (TypeError, ValueError):
+        raise DataError(f"{name}: the attribute spacing_mm is {raw!r}; three numbers (D, H, W) are expected") from None
+    return d, h, w
 
 
 def see_numbers(name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> None:

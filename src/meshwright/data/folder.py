@@ -141,7 +141,7 @@ def _inside(path: Path, image: str, label: str) -> Iterator[Pair]:
             raise DataError(f"{path}::{name}: there is no dataset {partner!r} beside it; it has: {', '.join(names)}")
         first, second = open_array(f"{path}::{name}"), open_array(f"{path}::{partner}")
         title = path.name + (f"::{group}" if group else "")
-        one = second.shape[0] == 1 and (len(first.shape) == 3 or len(first.shape) == 4 and first.shape[0] > 1)
+        one = second.shape[0] == 1 and (len(first.shape) == 3 or (len(first.shape) == 4 and first.shape[0] > 1))
         if len(second.shape) == 3 or one:
             yield Pair(first, second, title)
             continue

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.data.arrays import Array, RandomAccess, checked, chunk_bytes, see_numbers
+from meshwright.data.arrays import Array, RandomAccess, checked, chunk_bytes, see_numbers, spacing_of
 from meshwright.data.raw import RawArray
 from meshwright.data.retry import TRANSIENT, number, retried
 from meshwright.errors import DataError
@@ -107,10 +107,11 @@ def open_hdf5(path: Path, dataset: str) -> RawArray | ChunkedDataset:
                 raise DataError(f"{name}: no such dataset; the file has: {known}")
             shape, dtype = tuple(int(size) for size in item.shape or ()), item.dtype
             see_numbers(name, dtype, shape)
+            spacing = spacing_of(item.attrs, name)
             offset = item.id.get_offset() if item.chunks is None and not item.external and not item.is_virtual else None
             if offset is None:
-                return ChunkedDataset(path, dataset, shape, dtype, item.chunks)
-            return RawArray(path, shape, dtype, int(offset), label=name)
+                return ChunkedDataset(path, dataset, shape, dtype, item.chunks, spacing)
+            return RawArray(path, shape, dtype, int(offset), label=name, spacing_mm=spacing)
 
     array = retried(once, path)
     if isinstance(array, RawArray):

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from meshwright.data.arrays import Array, RandomAccess, checked, chunk_bytes, see_numbers
+from meshwright.data.arrays import Array, RandomAccess, checked, chunk_bytes, see_numbers, spacing_of
 from meshwright.data.retry import number, retried
 from meshwright.errors import DataError
 
@@ -100,7 +100,7 @@ def open_zarr(path: Path) -> ZarrArray:
     found = retried(lambda: _guarded(path, lambda: _open(path)), path)
     dtype, shape = np.dtype(found.dtype), tuple(int(size) for size in found.shape)
     see_numbers(str(path), dtype, shape)
-    return ZarrArray(path, shape, dtype, tuple(int(size) for size in found.chunks))
+    return ZarrArray(path, shape, dtype, tuple(int(size) for size in found.chunks), spacing_of(found.attrs, str(path)))
 
 
 def _open(path: Path) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -13,10 +13,14 @@ from torch import Tensor, nn
 from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
 from meshwright.config import Config
-from meshwright.data import augment, sampler
+from meshwright.data import augment
+from meshwright.data.augmented import Augmented
 from meshwright.data.counted import Counted
 from meshwright.data.folder import find_pairs
+from meshwright.data.index import see_lengths
 from meshwright.data.mni import open_mni
+from meshwright.data.recipe import Recipe
+from meshwright.data.sampler import Sampler, Shuffled
 from meshwright.data.source import Kept, ReadStats, VolumeSource, batch_shape, read_batch
 from meshwright.data.volumes import hold_out, make_pairs, open_pairs
 from meshwright.errors import ConfigError, PlanError
@@ -55,6 +59,12 @@ class Job:
     reading: dict[int, ReadStats] = field(
         default_factory=dict
     )  # by epoch, from 1; epochs that read nothing are left out
+    begin: tuple[int, int] = (0, 0)  # steps, and samples seen, before this run: it may have had another batch size
+
+    def at(self, step: int) -> Sampler:
+        """Where `step` (from 1) begins in the order of samples."""
+        seen = self.begin[1] + (step - 1 - self.begin[0]) * batch_size(self.config, self.plan)
+        return Sampler(Shuffled(len(self.train.names)), self.config.seed, seen)
 
 
 def batch_size(config: Config, plan: Plan) -> int:
@@ -83,6 +93,7 @@ def sources(config: Config) -> tuple[VolumeSource, VolumeSource]:
         given = "data.images" if data.images is not None else "data.labels" if data.labels is not None else None
         if given is not None:
             raise ConfigError(f"data.path = {data.path!r} and {given} are both set; keep one of them")
+        see_lengths(Path(data.path))
         pairs = make_pairs(find_pairs(data.path, data.image, data.label), data.classes, intensity)
     elif data.images is None or data.labels is None:
         missing = "data.images" if data.images is None else "data.labels"
@@ -95,11 +106,29 @@ def sources(config: Config) -> tuple[VolumeSource, VolumeSource]:
 
 
 def settled(config: Config, train: VolumeSource) -> Config:
-    """`config` with what was found in the files written out, so that no rank and no resumed run counts again."""
+    """`config` with what was found in the files written out, so that no rank and no resumed run counts again.
+
+    Raises `ConfigError` and `DataError` for an augmentation that cannot be drawn for these samples.
+    """
+    recipe(config).draw(config.seed, 0, train.shape(0))
     data = replace(config.data, classes=train.classes) if is_folder(config) else config.data
     if data.path is not None:
         data = replace(data, name="folder", path=str(Path(data.path).resolve()))
     return replace(config, data=data)
+
+
+def recipe(config: Config) -> Recipe:
+    """What is drawn for each sample; flip, scale and shift are drawn for a step. Raises `ConfigError`."""
+    drawn = asdict(config.augment)
+    for name in ("flip", "scale", "shift"):
+        del drawn[name]
+    low_high = drawn.pop("gamma_range")
+    if len(low_high) != 2:
+        raise ConfigError(f"augment.gamma_range = {list(low_high)}: two numbers are needed, low and high")
+    try:
+        return Recipe(**drawn, gamma_range=(low_high[0], low_high[1]))
+    except ValueError as error:
+        raise ConfigError(f"augment: {error}") from None
 
 
 def is_folder(config: Config) -> bool:
@@ -141,16 +170,24 @@ def build(
         state.restore_clock(model, checkpoint)
     rank = dist.get_rank() if split and dist.is_initialized() else 0
     reads = Counted(train)
-    job = Job(config, plan, rank, device, Kept(reads), Kept(validation), model, optimizer, split, reads)
+    begin = (0, 0)
+    if checkpoint is not None:  # older ones count steps only
+        begin = checkpoint.step, checkpoint.extra.get("seen", checkpoint.step * batch_size(config, plan))
+    job = Job(config, plan, rank, device, Kept(reads), Kept(validation), model, optimizer, split, reads, begin=begin)
     return job, checkpoint
 
 
 def training_batch(job: Job, step: int) -> Batch:
-    """The augmented batch of `step` (from 1): a function of seed and step, whatever the plan."""
-    config = job.config
-    size = batch_size(config, job.plan)
-    indices = sampler.batch(config.seed, step - 1, len(job.train.names), size)
-    batch = load(job, job.train, indices)
+    """The augmented batch of `step` (from 1): a function of seed, step and samples seen, whatever the plan."""
+    config, at = job.config, job.at(step)
+    indices: Sequence[int] = at.batch(batch_size(config, job.plan))
+    source: VolumeSource = job.train
+    drawn = recipe(config)
+    if not drawn.is_nothing:
+        shapes = enumerate(map(job.train.shape, indices), at.seen)
+        transforms = [drawn.draw(config.seed, position, shape) for position, shape in shapes]
+        source, indices = Augmented(job.train, indices, transforms, job.reads), range(len(indices))
+    batch = load(job, source, indices)
     flip = config.augment.flip
     if flip is None:  # the template has no label that knows a side; the labels of others may
         flip = () if is_folder(config) else ("depth", "height")
@@ -162,11 +199,11 @@ def note_reading(job: Job, step: int) -> None:
     """Add what has been read since the last call to the epoch in which `step` begins."""
     spent = job.reads.take() if job.reads is not None else ReadStats()
     if spent != ReadStats():
-        epoch = (step - 1) * batch_size(job.config, job.plan) // len(job.train.names) + 1
+        epoch = job.at(step).epoch + 1
         job.reading[epoch] = job.reading.get(epoch, ReadStats()) + spent
 
 
-def load(job: Job, source: Kept, indices: Sequence[int]) -> Batch:
+def load(job: Job, source: VolumeSource, indices: Sequence[int]) -> Batch:
     """Samples `indices` of `source`: this rank reads its part of them, and the two tensors stand for the whole."""
     shape = batch_shape(source, indices)
     part = read_batch(source, indices, interval(shape, job.plan, job.rank))
