@@ -87,11 +87,26 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class AugmentConfig:
-    """Flips, each with probability one half, and image · (1 ± scale) ± shift, drawn from seed and step."""
+    """Flips, each with probability one half, and image · (1 ± scale) ± shift, drawn from seed and step.
+
+    The rest is off by default and drawn for each sample (`data.recipe`); a rank reads the voxels its part comes from.
+    """
 
     flip: tuple[str, ...] | None = None  # of depth, height, width; None: mni152 depth and height, folder nothing
     scale: float = 0.1
     shift: float = 0.1
+    patch: tuple[int, ...] | None = None  # train on random patches of this size (D, H, W); validation stays whole
+    permute: tuple[str, ...] = ()  # these dims, of one size, in any order
+    rotate90: tuple[str, ...] = ()  # quarter turns in the plane of two of these dims, of one size
+    roll: tuple[str, ...] = ()  # by any number of voxels along these dims
+    rotate_deg: float = 0.0  # turns within ± degrees about each axis
+    zoom: float = 0.0  # sizes × 1 / (1 + zoom) to 1 + zoom
+    elastic: float = 0.0  # voxels that a cubic B-spline displaces at most
+    elastic_spacing: float = 32.0  # voxels between its control points
+    halo: float = 32.0  # turns, zoom and elastic may move no voxel further
+    gamma: float = 0.0  # exponents 1 / (1 + gamma) to 1 + gamma
+    gamma_range: tuple[float, ...] = (-4.0, 4.0)  # of intensities, (value - centre) / spread, which gamma keeps
+    noise: float = 0.0  # normal, of a standard deviation of 0 to noise
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from meshwright.data.rearrange import Crop
 from meshwright.data.transforms import Compose, read
 from meshwright.data.warp import Elastic
 from meshwright.errors import DataError
+from meshwright.plan.geometry import Interval
 
 EDGES = st.tuples(*(st.integers(1, 12) for _ in range(3)))
 
@@ -134,6 +135,11 @@ def test_pointwise_transforms_of_monai_are_exact_on_parts(mt: ModuleType) -> Non
             assert part["image"].dtype == expected.dtype
             assert type(part["image"]) is torch.Tensor
             assert torch.equal(part["label"], fields["label"][spans])
+    before = fields["image"].clone()
+    box = tuple(Interval(0, size) for size in (7, 6, 5))
+    for name, transform in accepted(mt).items():  # NormalizeIntensity writes into what it is given
+        monai(transform, fields=("image",)).build([fields], box, (7, 6, 5))
+        assert torch.equal(fields["image"], before), name
     labels = read(
         monai(mt.MapLabelValue([1, 2], [2, 1], dtype=torch.uint8), fields=("label",)),
         Reading({"label": torch.arange(4).byte().reshape(2, 2, 1)}),

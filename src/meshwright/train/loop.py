@@ -75,7 +75,7 @@ def deterministic() -> None:
 
 def save(job: Job, step: int, path: Path) -> None:
     """Write the checkpoint after `step`. Collective; rank 0 writes."""
-    extra = {"config": job.config.as_dict(), "plan": job.plan.as_dict()}
+    extra = {"config": job.config.as_dict(), "plan": job.plan.as_dict(), "seen": job.at(step + 1).seen}
     checkpoint = state.collect(job.model, job.optimizer, step, extra)
     if job.rank == 0:
         write.write(path / rundir.CHECKPOINTS, checkpoint, job.config.checkpoint.keep)

@@ -1,0 +1,73 @@
+"""Augmented training: the same batches to the bit whatever the plan, and one order of samples through a resize."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from augment_jobs import batches, samples
+from meshwright.cluster.launch import launch
+from meshwright.data.sampler import Sampler, Shuffled
+from meshwright.errors import ConfigError, DataError
+from meshwright.train.job import settled, sources
+from training_jobs import job, last, train, write_pairs
+
+EVERYTHING = (
+    "augment.patch=[9, 9, 7]",
+    "augment.rotate90=[depth, height]",
+    "augment.permute=[depth, height]",
+    "augment.roll=[width]",
+    "augment.rotate_deg=10",
+    "augment.zoom=0.1",
+    "augment.elastic=1.5",
+    "augment.elastic_spacing=8",
+    "augment.gamma=0.3",
+    "augment.noise=0.2",
+    "train.precision=fp32",
+    "data.intensity=[0.1, 1.5]",
+)
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> list[str]:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    return write_pairs(folder)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "plan"), [(3, ("plan.depth=3",)), (4, ("plan.data=2", "plan.height=2", "train.batch=3"))]
+)
+def test_augmented_batches_are_the_same_bits_under_every_plan(
+    data: list[str], ranks: int, plan: tuple[str, ...]
+) -> None:
+    settings = job(data, *EVERYTHING, *plan, ranks=ranks)
+    expected = batches(settings, 4, split=False)
+    assert launch(batches, ranks, (settings, 4), threads=1) == [expected] * ranks
+    assert len({image for image, _, _ in expected}) == 4
+    assert all(shape[2:] == (9, 9, 7) for _, _, shape in expected)
+
+
+def test_a_resumed_run_with_another_batch_size_goes_on_in_the_same_order(data: list[str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(job(data, "train.steps=3", "train.batch=1", "augment.noise=0.1"), run)
+    assert last(run).extra["seen"] == 3
+    bigger = job(data, "train.steps=5", "train.batch=2", "augment.noise=0.1")
+    (four, five) = launch(samples, 1, (bigger, str(run), (4, 5)), threads=1)[0]
+    stream = Sampler(Shuffled(len(sources(bigger)[0].names)), bigger.seed).batch(7)
+    assert four + five == stream[3:]
+    train(bigger, run, resume=True)
+    assert last(run).extra["seen"] == 7
+
+
+def test_an_augmentation_that_cannot_be_drawn_is_refused_before_training(data: list[str]) -> None:
+    for setting, error, message in (
+        ("augment.roll=[left]", ConfigError, "augment: 'left' is no dim"),
+        ("augment.gamma_range=[1]", ConfigError, "augment.gamma_range = .* two numbers"),
+        ("augment.rotate90=[depth, width]", DataError, "rotate90 needs dims of one size, not depth 13, width 8"),
+        ("augment.patch=[16, 8, 8]", DataError, r"\(16, 8, 8\) voxels does not fit"),
+    ):
+        settings = job(data, setting)
+        with pytest.raises(error, match=message):
+            settled(settings, sources(settings)[0])
