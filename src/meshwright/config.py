@@ -48,6 +48,7 @@ class DataConfig:
     labels: str | None = None
     classes: tuple[str, ...] = ()  # folder: the names of the label values 0, 1, 2 …; none: counted in the labels
     intensity: tuple[float, ...] | None = None  # folder: centre and spread; None: measured in each image
+    on_bad: Literal["stop", "skip"] = "stop"  # folder: samples whose files cannot be opened; skip leaves them out
     held_out: float = 0.2  # folder: the share of the cases, the last ones, that only validates
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,6 @@ import h5py
 import nibabel
 import numpy as np
 import pytest
-import torch
 import zarr
 
 from meshwright import config
@@ -221,6 +221,35 @@ def test_the_configuration_takes_a_path_alone(tmp_path: Path) -> None:
         sources(config.override(settings, "data.images=x*"))
 
 
+def test_bad_samples_are_left_out_if_that_is_asked_for(tmp_path: Path) -> None:
+    folder = two_folders(tmp_path)
+    settings = config.load(None, [f"data.path={folder}", "data.on_bad=skip"])
+    assert [len(source.names) for source in sources(settings)] == [2, 1]
+    for name, array in (("4", IMAGES[0][1:]), ("5", IMAGES[0]), ("6", np.stack([IMAGES[0]] * 2)), ("7", IMAGES[0])):
+        npy(folder / f"images/case{name}.npy", array)
+        if name != "7":
+            npy(folder / f"labels/case{name}.npy", LABELS[0])
+    data = (folder / "images/case5.npy").read_bytes()
+    (folder / "images/case5.npy").write_bytes(data[:-1])
+    bad: list[str] = []
+    assert [len(source.names) for source in sources(settings, bad)] == [2, 1]
+    reasons = ("case4.npy has shape", "case5.npy: truncated", "case7.npy: there is no label", "case6.npy has 2")
+    assert all(words in text for words, text in zip(reasons, bad, strict=True))
+    for way in (f"data.path={folder}", "data.on_bad=stop"), ("data.path=null", "data.on_bad=stop"):
+        patterns = ["data.name=folder", f"data.images={folder}/images/*.n*", f"data.labels={folder}/labels/*.n*"]
+        with pytest.raises(DataError, match=r"case4.npy has shape|finds 7 files but data.labels .* finds 6"):
+            sources(config.load(None, [*(patterns if "null" in way[0] else []), *way]))
+    (folder / "images/case7.npy").unlink()
+    bad.clear()
+    found = sources(config.load(None, [*patterns, "data.on_bad=skip"]), bad)
+    assert (len(found[0].names), len(bad)) == (2, 3)
+    everything = two_folders(tmp_path / "none") if (tmp_path / "none").mkdir() is None else tmp_path
+    for path in everything.glob("*/*.n*"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"no pairs of image and label found.*left out: .*case0"):
+        sources(config.load(None, [f"data.path={everything}", "data.on_bad=skip"]))
+
+
 def test_a_job_on_other_formats_learns_the_same(tmp_path: Path) -> None:
     """The small job of the training tests, from NIfTI patterns, and from HDF5 and Zarr by `data.path` alone."""
     for name in ("nifti", "other", "channels"):
@@ -236,10 +265,11 @@ def test_a_job_on_other_formats_learns_the_same(tmp_path: Path) -> None:
         group = zarr.open_group(tmp_path / f"channels/{case}.zarr", mode="w")
         group.create_array("image", data=np.stack([image, -image]), chunks=(1, 5, 5, 5))
         group.create_array("label", data=label, chunks=(5, 5, 5))
-    torch.manual_seed(0)
+    (tmp_path / "other/3.h5").write_bytes(b"cut off")
     shared = [setting for setting in settings if not setting.startswith("data.")]
     train(job(settings, ranks=2), tmp_path / "a")
-    train(job(shared, f"data.path={tmp_path}/other", "data.classes=[dark, bright]", ranks=2), tmp_path / "b")
+    train(job(shared, f"data.path={tmp_path}/other", "data.on_bad=skip", ranks=2), tmp_path / "b")
     train(job(shared, f"data.path={tmp_path}/channels", "plan.depth=1", "plan.width=2", ranks=2), tmp_path / "c")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert [json.loads((tmp_path / run / "summary.json").read_text())["left_out"] for run in "abc"] == [0, 1, 0]
     assert len(losses(tmp_path / "c")) == 2

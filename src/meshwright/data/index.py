@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -122,17 +124,30 @@ def read_index(folder: Path) -> dict[str, Entry] | None:
         raise DataError(f"{path}: damaged: {error!r}; write it again: meshwright data index {folder}") from None
 
 
-def see_lengths(folder: Path) -> None:
-    """If the folder has an index, raise `DataError` for the first file that is missing or has another length."""
-    for name, entry in (read_index(folder) or {}).items():
-        path = folder / name
+def see_lengths(folder: Path, inside: Path) -> None:
+    """If the folder has an index, raise `DataError` unless the file `inside`, or all files of that Zarr folder, are as
+    long as it says. Files that it does not name pass."""
+    index, order = _lengths(folder, (folder / INDEX).stat().st_mtime_ns if (folder / INDEX).is_file() else None)
+    own = inside.relative_to(folder).as_posix() if inside.is_relative_to(folder) else ""
+    names = [own] if own in index else order
+    if names is order and own != ".":  # what begins with "own/"; the character after "/" is "0"
+        names = order[bisect_left(order, f"{own}/") : bisect_left(order, f"{own}0")]
+    for name in names:
+        path, expected = folder / name, index[name]
         size = path.stat().st_size if path.is_file() else None
-        if size != entry.size_bytes:
+        if size != expected:
             state = "it is missing" if size is None else f"it has {size} bytes"
             raise DataError(
-                f"{path}: {state}; the index {folder / INDEX} says {entry.size_bytes} bytes. Fetch the file again, or "
-                f"write the index again: meshwright data index {folder}"
+                f"{path}: {state}; the index {folder / INDEX} says {expected} bytes. Fetch the file again, or write "
+                f"the index again: meshwright data index {folder}"
             )
+
+
+@lru_cache(maxsize=4)
+def _lengths(folder: Path, changed_ns: int | None) -> tuple[dict[str, int], list[str]]:
+    """The lengths of the index and its names in order, read once while it stays as it is."""
+    lengths = {name: entry.size_bytes for name, entry in (read_index(folder) or {}).items()}
+    return lengths, sorted(lengths)
 
 
 def differences(folder: Path, done: Callable[[int], None] = lambda size: None, workers: int = 2) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import BinaryIO
@@ -144,11 +144,28 @@ class Pairs:
         return values.astype(np.uint8)
 
 
+def opened(cases: Iterable[Callable[[], list[Pair]]], bad: list[str] | None) -> list[Pair]:
+    """The pairs of all cases; with a list `bad` the reason of one that cannot be opened is added to it instead."""
+    found: list[Pair] = []
+    for case in cases:
+        try:
+            found.extend(case())
+        except DataError as error:
+            if bad is None:
+                raise
+            bad.append(str(error))
+    return found
+
+
 def make_pairs(
-    pairs: Sequence[Pair], classes: Sequence[str] = (), intensity: tuple[float, float] | None = None
+    pairs: Sequence[Pair],
+    classes: Sequence[str] = (),
+    intensity: tuple[float, float] | None = None,
+    bad: list[str] | None = None,
 ) -> Pairs:
     """A source over `pairs`; without `classes` they are counted in the labels.
 
+    With a list `bad` pairs of other channels than the first are left out, and the reasons added to it.
     Raises `DataError` when channels differ, and for fewer than 2 or more than 255 classes.
     """
     if classes and not 2 <= len(classes) <= MOST_CLASSES:
@@ -157,10 +174,14 @@ def make_pairs(
         raise DataError(f"data.intensity is {list(intensity)}; the second number, the spread, must be above 0")
     for pair in pairs[1:]:
         if pair.channels != pairs[0].channels:
-            raise DataError(
+            reason = (
                 f"{pairs[0].image.name} has {pairs[0].channels} channel(s) but {pair.image.name} has {pair.channels}; "
                 "a network takes one number of channels: give all images the same"
             )
+            if bad is None:
+                raise DataError(reason)
+            bad.append(reason)
+    pairs = [pair for pair in pairs if pair.channels == pairs[0].channels]
     return Pairs(tuple(pairs), tuple(classes) or count_classes([pair.label for pair in pairs]), intensity)
 
 
@@ -169,11 +190,12 @@ def open_pairs(
     labels: str,
     classes: Sequence[str] = (),
     intensity: tuple[float, float] | None = None,
+    bad: list[str] | None = None,
 ) -> Pairs:
     """Pairs from two file patterns such as "scans/*_t1.nii.gz", in order of their names; headers are compared.
 
     Raises `DataError` when a pattern finds nothing, when the counts differ, as `make_pairs` does, and for any file that
-    is damaged or does not match its partner.
+    is damaged or does not match its partner; with a list `bad` such a pair is left out, and the reason added to it.
     """
     found = {
         key: sorted(glob.glob(pattern, recursive=True)) for key, pattern in (("images", images), ("labels", labels))
@@ -186,11 +208,16 @@ def open_pairs(
             f"data.images {images!r} finds {len(found['images'])} files but data.labels {labels!r} finds "
             f"{len(found['labels'])}; each image needs one label, and sorted by name they must correspond"
         )
-    pairs = [
-        Pair(open_array(image), open_array(label))
-        for image, label in zip(found["images"], found["labels"], strict=True)
-    ]
-    return make_pairs(pairs, classes, intensity)
+    pairs = opened(
+        (
+            lambda image=image, label=label: [Pair(open_array(image), open_array(label))]  # type: ignore[misc]
+            for image, label in zip(found["images"], found["labels"], strict=True)
+        ),
+        bad,
+    )
+    if not pairs:
+        raise DataError(f"data.images {images!r}: no pair can be opened; {'; '.join(bad or [])}")
+    return make_pairs(pairs, classes, intensity, bad)
 
 
 def hold_out(source: Pairs, fraction: float = 0.2) -> tuple[Pairs, Pairs]:

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 
 from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
+from meshwright.cluster import agree
 from meshwright.config import Config
 from meshwright.data import augment
 from meshwright.data.augmented import Augmented
 from meshwright.data.counted import Counted
 from meshwright.data.folder import find_pairs
-from meshwright.data.index import see_lengths
 from meshwright.data.mni import open_mni
 from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
@@ -59,6 +59,7 @@ class Job:
     reading: dict[int, ReadStats] = field(
         default_factory=dict
     )  # by epoch, from 1; epochs that read nothing are left out
+    bad: tuple[str, ...] = ()  # why samples were left out
     begin: tuple[int, int] = (0, 0)  # steps, and samples seen, before this run: it may have had another batch size
 
     def at(self, step: int) -> Sampler:
@@ -76,12 +77,14 @@ def batch_size(config: Config, plan: Plan) -> int:
     return size
 
 
-def sources(config: Config) -> tuple[VolumeSource, VolumeSource]:
+def sources(config: Config, bad: list[str] | None = None) -> tuple[VolumeSource, VolumeSource]:
     """(train, validation): files found and headers compared; labels are read only if `data.classes` names none.
 
+    With `data.on_bad` = skip samples that cannot be opened are left out, and the reasons added to `bad`.
     Raises `DataError`, `ConfigError`.
     """
     data = config.data
+    left_out = None if data.on_bad == "stop" else [] if bad is None else bad
     if data.path is None and data.name == "mni152":
         return open_mni(data.fold, data.resolution_mm, data.hemisphere, data.crop)
     intensity = None
@@ -93,15 +96,14 @@ def sources(config: Config) -> tuple[VolumeSource, VolumeSource]:
         given = "data.images" if data.images is not None else "data.labels" if data.labels is not None else None
         if given is not None:
             raise ConfigError(f"data.path = {data.path!r} and {given} are both set; keep one of them")
-        see_lengths(Path(data.path))
-        pairs = make_pairs(find_pairs(data.path, data.image, data.label), data.classes, intensity)
+        pairs = make_pairs(find_pairs(data.path, data.image, data.label, left_out), data.classes, intensity, left_out)
     elif data.images is None or data.labels is None:
         missing = "data.images" if data.images is None else "data.labels"
         raise ConfigError(
             f"data.name = folder needs {missing}: a file pattern such as 'scans/*_t1.nii.gz' (or data.path: a folder)"
         )
     else:
-        pairs = open_pairs(data.images, data.labels, data.classes, intensity)
+        pairs = open_pairs(data.images, data.labels, data.classes, intensity, left_out)
     return hold_out(pairs, data.held_out)
 
 
@@ -156,7 +158,11 @@ def build(
     """
     config = precision.resolve(config)
     batch_size(config, plan)
-    train, validation = sources(config)
+    bad: list[str] = []
+    train, validation = sources(config, bad)
+    if split and config.data.on_bad == "skip":  # ranks that see other files would train on other samples
+        names = {"samples": "\n".join((*train.names, *validation.names))}
+        agree.assert_same_on_all_ranks(names, "what can be opened of the data")
     device = default_device()
     model = make_model(config, len(train.classes), train.fields["image"].sizes[0])
     checkpoint = None
@@ -173,7 +179,8 @@ def build(
     begin = (0, 0)
     if checkpoint is not None:  # older ones count steps only
         begin = checkpoint.step, checkpoint.extra.get("seen", checkpoint.step * batch_size(config, plan))
-    job = Job(config, plan, rank, device, Kept(reads), Kept(validation), model, optimizer, split, reads, begin=begin)
+    kept = Kept(reads), Kept(validation)
+    job = Job(config, plan, rank, device, *kept, model, optimizer, split, reads, bad=tuple(bad), begin=begin)
     return job, checkpoint
 
 

@@ -48,6 +48,8 @@ def run(config: Config, run_dir: str, resume: bool = False, quiet: bool = False)
         with Display(config.train.steps, step, job.train.classes, quiet=quiet or job.rank > 0) as display:
             for line in outcome.resumed(saved, checkpoint, config, plan) if resume else []:
                 display.say(line)
+            for line in outcome.left_out(job):
+                display.say(line)
             while step < config.train.steps and not stopped:
                 step += 1
                 fault_point(step)

@@ -50,6 +50,14 @@ def resumed(saved: Path | None, checkpoint: Checkpoint | None, config: Config, p
     return lines
 
 
+def left_out(job: Job) -> list[str]:
+    """Lines for the user: how many samples `data.on_bad` = skip has left out, and why."""
+    if not job.bad:
+        return []
+    kept = len(job.train.names) + len(job.validation.names)
+    return [f"data.on_bad = skip: {len(job.bad)} left out, {kept} samples kept", *(f"  {text}" for text in job.bad)]
+
+
 def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     if isinstance(old, dict) and isinstance(new, dict):
         return [found for name in new for found in _differences(f"{key}.{name}", old.get(name), new[name])]
@@ -77,6 +85,7 @@ def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> No
         "ranks": job.plan.ranks,
         "threads_per_rank": torch.get_num_threads(),
         "precision": config.train.precision,
+        "left_out": len(job.bad),
         "read_bytes": sum(row["read_bytes"] for row in reading),
         "ideal_read_bytes": sum(row["ideal_read_bytes"] for row in reading),
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),
