@@ -22,6 +22,7 @@ from meshwright.data.sampler import batch as batch_of
 from meshwright.data.source import Field
 from meshwright.data.store import Store
 from meshwright.errors import DataError, MeshwrightError
+from meshwright.train.memory import peak_bytes, reset_peak, resident_bytes
 
 PLANS: dict[str, dict[str, int]] = {
     "one": {},
@@ -155,6 +156,44 @@ def serve(
         "from_disk": cache.from_disk,
         "damaged": cache.damaged,
     }
+
+
+@dataclass
+class Made:
+    """Samples that are made, not read: what memory they take is the store's alone."""
+
+    samples: int
+    edge: int
+    fields: Mapping[str, Field] = field(default_factory=lambda: {k: FIELDS[k] for k in ("label",)})
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(map(str, range(self.samples)))
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        return (self.edge,) * 3
+
+    def read(self, index: int, spans: Sequence[slice]) -> dict[str, Tensor]:
+        return {"label": torch.full((1, *(span.stop - span.start for span in spans)), index, dtype=torch.uint8)}
+
+
+def memory_gained(plan_name: str, samples: int, edge: int, budget: int, folder: str) -> tuple[int, int]:
+    """(the most resident bytes gained, the most bytes counted) while three epochs are served."""
+    plan = mw.Plan.uniform(**PLANS[plan_name])
+    size, source = 2 if plan_name == "n2" else 1, Made(samples, edge)
+    cpu = torch.device("cpu")
+
+    def order(step: int) -> tuple[int, ...]:
+        return batch_of(1, step, samples, size)
+
+    with Store(source, plan, order, budget_bytes=budget, last=2, spill=folder) as store:
+        assert len(list(store)) == 2  # what torch, threads and shared memory take once is no part of any budget
+    before = resident_bytes(cpu)
+    reset_peak(cpu)
+    with Store(source, plan, order, budget_bytes=budget, last=3 * samples // size, spill=folder) as store:
+        for batch in store:
+            assert int(batch["label"].max()) in batch.indices
+    return peak_bytes(cpu) - before, store.peak_bytes
 
 
 def train_until(fault_step: int, kind: str, where: str, bad: int | None = None, timeout_s: float = 60.0) -> int:

@@ -9,7 +9,7 @@ import pytest
 import store_jobs
 from meshwright.cluster.launch import launch
 from meshwright.parallel.transport import VARIABLE
-from store_jobs import serve
+from store_jobs import memory_gained, serve
 
 SAME = ((5, 4, 6),) * 7
 DIFFERENT = ((5, 4, 6), (3, 7, 2), (6, 1, 5), (1, 1, 1), (7, 6, 3))
@@ -73,3 +73,13 @@ def test_without_a_folder_it_is_read_again() -> None:
     shapes = ((16, 16, 16),) * 12
     results = launch(serve, 2, ("d2", None, shapes, 2, 3, 300_000), timeout_s=60)
     assert all(result["spilled"] == 0 and result["again"] > 0 for result in results), results
+
+
+@pytest.mark.parametrize("plan", ["n2", "d2"])
+def test_memory_stays_within_the_budget(plan: str, tmp_path: Path) -> None:
+    """Resident bytes, as the system counts them: two thirds of a rank's share are kept, the rest is on disk."""
+    budget = 64 << 20
+    for gained, counted in launch(memory_gained, 2, (plan, 96, 128, budget, str(tmp_path)), timeout_s=60):
+        assert gained <= 1.05 * budget, gained / budget
+        assert gained >= 0.5 * budget, "or it measures nothing"
+        assert counted <= budget

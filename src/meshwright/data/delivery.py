@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from meshwright.data import moves as messages
+from meshwright.data.buffers import buffer, empty
 from meshwright.data.moves import Exchange
 from meshwright.data.owners import Moves, Owners, Piece, Shape, sizes
 from meshwright.data.packing import Packing, field_bytes, within
@@ -59,6 +60,7 @@ class Step:
     leaving: ByPeer
     reserved_bytes: int
     batch_bytes: int
+    largest_bytes: int  # of the parts it reads, if they must come from the source
     missing: set[int]
     parts: dict[int, Tensor] = field(default_factory=dict)
     error: BaseException | None = None
@@ -85,14 +87,14 @@ class Delivery:
         self.owners.note(indices)
         moves = self.owners.moves(number, indices, self.rank)
         served = moves.samples_served(self.rank)
-        part_bytes = sum(self.nbytes(sample) for sample in served)
+        part_bytes = [self.nbytes(sample) for sample in served]
         wanted = [sizes(self.owners.wanted(indices[j], self.rank)) for j in moves.positions]
         batch_bytes = sum(field_bytes(f, box) for box in wanted for f in self.packing.fields.values())
         arriving, leaving = (self._by_peer(pieces) for pieces in (moves.arriving, moves.leaving))
         inward, outward = (sum(map(self._message_bytes, peers.values())) for peers in (arriving, leaving))
-        # what leaves lies in memory twice: packed, and in memory shared with the other rank
-        reserved = part_bytes + batch_bytes + inward + 2 * outward
-        return Step(moves, arriving, leaving, reserved, batch_bytes, set(served))
+        # a message lies in memory twice: packed, and what is shared with the other rank
+        reserved = sum(part_bytes) + batch_bytes + 2 * (inward + outward)
+        return Step(moves, arriving, leaving, reserved, batch_bytes, max(part_bytes, default=0), set(served))
 
     def nbytes(self, sample: int) -> int:
         """The bytes that this rank keeps of a sample, if it keeps it."""
@@ -149,7 +151,7 @@ class Delivery:
         moves = step.moves
         want = self.owners.wanted(moves.indices[0], self.rank)
         fields = {
-            name: torch.empty((len(moves.positions), *f.shape(sizes(want))), dtype=f.dtype, pin_memory=self.pinned)
+            name: self._room((len(moves.positions), *f.shape(sizes(want))), f.dtype)
             for name, f in self.packing.fields.items()
         }
         for piece in moves.arriving:
@@ -171,6 +173,9 @@ class Delivery:
                     "resample them, or set the batch to 1"
                 )
 
+    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, pin_memory=True) if self.pinned else empty(shape, dtype)
+
     def _by_peer(self, pieces: Sequence[Piece]) -> ByPeer:
         return messages.by_peer(pieces, self.rank, self.packing)
 
@@ -185,9 +190,7 @@ class Delivery:
         return self.packing.cut(step.parts[piece.sample], held, piece.box)
 
     def _exchanged(self, exchange: Exchange, step: Step, sends: dict[int, Tensor]) -> dict[int, Tensor]:
-        buffers = {
-            peer: torch.empty(self._message_bytes(pieces), dtype=torch.uint8) for peer, pieces in step.arriving.items()
-        }
+        buffers = {peer: buffer(self._message_bytes(pieces)) for peer, pieces in step.arriving.items()}
         try:
             exchange.swap(sends, buffers)
         except ExchangeError as error:
@@ -200,3 +203,17 @@ class Delivery:
 
     def _named(self, samples: Sequence[int]) -> str:
         return ", ".join(f"{sample} ({self.source.names[sample]})" for sample in dict.fromkeys(samples))
+
+
+def on_device(
+    batch: Batch, device: torch.device | None, stream: torch.cuda.Stream | None
+) -> tuple[Batch, torch.cuda.Event | None]:
+    """With a stream: the batch copied to its GPU from pinned memory, behind the step that is computed now, and when."""
+    if stream is None:
+        return batch, None
+    with torch.cuda.stream(stream):
+        fields = {name: value.to(device, non_blocking=True) for name, value in batch.fields.items()}
+        event = torch.cuda.Event()
+        event.record(stream)
+    event.synchronize()  # in this thread: only then may the pinned memory be used again
+    return Batch(batch.step, batch.indices, batch.shape, fields), event

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from meshwright.data.buffers import buffer
 from meshwright.data.owners import Piece, sizes
 from meshwright.data.packing import Packing
 from meshwright.errors import DataError, ExchangeError
@@ -24,6 +25,7 @@ from meshwright.parallel.transport import channels
 HEAD_BYTES = 512  # what a message is, and room for the text of an error
 _HEAD = struct.Struct("=8sqqq")
 _MAGIC = b"MESHWRMV"
+CHUNK_BYTES = 1 << 19  # of a message at a time through shared memory
 FINE, FAILED, CLOSED = 0, 1, 2
 
 
@@ -45,7 +47,7 @@ def by_peer(pieces: Sequence[Piece], rank: int, packing: Packing) -> dict[int, l
 
 def write(packing: Packing, pieces: Sequence[Piece], step: int, parts: Sequence[Tensor]) -> Tensor:
     """The message of `pieces`, packed each as in `parts`."""
-    message = torch.empty(message_bytes(packing, pieces), dtype=torch.uint8)
+    message = buffer(message_bytes(packing, pieces))
     _set_head(message, FINE, step, "")
     torch.cat(list(parts), out=message[HEAD_BYTES:])
     return message
@@ -53,7 +55,7 @@ def write(packing: Packing, pieces: Sequence[Piece], step: int, parts: Sequence[
 
 def excuse(packing: Packing, pieces: Sequence[Piece], step: int, status: int, text: str) -> Tensor:
     """A message of the size that is expected, which says why it does not carry `pieces`."""
-    message = torch.zeros(message_bytes(packing, pieces), dtype=torch.uint8)
+    message = buffer(message_bytes(packing, pieces))
     _set_head(message, status, step, text)
     return message
 
@@ -100,24 +102,30 @@ class Exchange:
     def swap(self, sends: dict[int, Tensor], receives: dict[int, Tensor]) -> None:
         """Send a message to and receive one from each of the ranks named; returns when all have arrived.
 
-        Raises `ExchangeError` when a rank has ended or gives nothing within the time limit.
+        Through shared memory messages go in chunks, all ranks taking their next one before they send another: what lies
+        unread stays small, and no ring of ranks can wait for each other. Raises `ExchangeError` when a rank has ended
+        or gives nothing within the time limit.
         """
         to = [(self._circle.index(peer), message) for peer, message in sorted(sends.items())]
-        into = [(self._circle.index(peer), buffer) for peer, buffer in sorted(receives.items())]
+        into = [(self._circle.index(peer), room) for peer, room in sorted(receives.items())]
         peers = [peer for peer, _ in (*to, *into)]
         if not peers:
             return
         peer = peers[0]
         try:
             if self._channels:
-                for peer, buffer in into:
-                    self._channels[peer].expect(buffer)
-                for peer, message in to:
-                    self._channels[peer].send(message, self._timeout_s)
-                for peer, buffer in into:
-                    self._channels[peer].receive(buffer, self._timeout_s)
+                for at in range(0, max(message.numel() for _, message in (*to, *into)), CHUNK_BYTES):
+                    span = slice(at, at + CHUNK_BYTES)
+                    awaited = [(peer, room[span]) for peer, room in into if at < room.numel()]
+                    for peer, room in awaited:
+                        self._channels[peer].expect(room)
+                    for peer, message in to:
+                        if at < message.numel():
+                            self._channels[peer].send(message[span], self._timeout_s)
+                    for peer, room in awaited:
+                        self._channels[peer].receive(room, self._timeout_s)
                 return
-            posted = [dist.P2POp(dist.irecv, buffer, group=self._group, group_peer=p) for p, buffer in into]
+            posted = [dist.P2POp(dist.irecv, room, group=self._group, group_peer=p) for p, room in into]
             posted += [dist.P2POp(dist.isend, message, group=self._group, group_peer=p) for p, message in to]
             for peer, work in zip([p for p, _ in (*into, *to)], dist.batch_isend_irecv(posted), strict=True):  # noqa: B007
                 work.wait()

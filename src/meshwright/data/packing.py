@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
 
+from meshwright.data.buffers import buffer
 from meshwright.data.owners import Box, Shape, sizes, spans_in
 from meshwright.data.source import Field
 from meshwright.errors import DataError
@@ -46,7 +46,7 @@ class Packing:
 
         Raises `DataError` for a field that is missing or has another shape or dtype.
         """
-        packed = torch.zeros(self.nbytes(box), dtype=torch.uint8)
+        packed = buffer(self.nbytes(box))
         for name, view in self.views(packed, box).items():
             value = part.get(name)
             if value is None or value.shape != view.shape or value.dtype != view.dtype:

@@ -17,13 +17,15 @@ from dataclasses import dataclass
 
 import torch
 
+from meshwright.data.buffers import give_back
 from meshwright.data.cache import Cache
-from meshwright.data.delivery import Batch, Delivery, Step
+from meshwright.data.delivery import Batch, Delivery, Step, on_device
 from meshwright.data.moves import Exchange
 from meshwright.data.prefetch import MOST_WORKERS, Pace, Workers, workers_for
 from meshwright.errors import ConfigError, DataError, ExchangeError
 
 EXCHANGE_AHEAD = 2  # one step travels while the one before it waits to be asked for
+TRIM_SHARE = 50  # memory that sources have freed is given back to the system whenever it is 1 / 50 of the budget
 CLOSE_S = 5.0  # for threads to end; one that a file system or a dead rank holds is left behind
 
 
@@ -59,13 +61,14 @@ class Pipeline:
         self._last, self._ahead, self._fixed, self._device = last, max(ahead, EXCHANGE_AHEAD), workers, device
         self._changed = threading.Condition()
         self._asked, self._admitted, self._admitting, self._conducted = first - 1, first, False, first
+        self._planned: Step | None = None  # the next one to be admitted, where it did not fit yet
         self._tasks: deque[tuple[Step, int]] = deque()
         self._steps: dict[int, Step] = {}
         self._ready: dict[int, tuple[Batch, torch.cuda.Event | None]] = {}
         self._errors: dict[int, BaseException] = {}
         self._fatal: BaseException | None = None  # no step after it can be had either
         self._stopping = self._closed = False
-        self._handed_bytes, self._given_s, self._count = 0, 0.0, 0
+        self._handed_bytes, self._freed_bytes, self._given_s, self._count = 0, 0, 0.0, 0
         self._wait_s = self._read_s = self._exchange_s = 0.0
         self._pace, self._window = Pace(), EXCHANGE_AHEAD
         self._stream = torch.cuda.Stream(device) if device is not None and device.type == "cuda" else None
@@ -145,30 +148,45 @@ class Pipeline:
         return True
 
     def _may_admit(self) -> bool:
-        step = self._admitted
-        if self._admitting or step in self._errors or step == self._last or step > self._asked + self._window:
+        number = self._admitted
+        if self._admitting or number in self._errors or number == self._last or number > self._asked + self._window:
             return False
-        # beyond what the exchange needs, only while most of the budget is left for what is kept
-        return step <= self._asked + EXCHANGE_AHEAD or 2 * self._cache.reserved_bytes < self._cache.budget_bytes
+        # a step that the caller waits for is admitted or refused; nothing else is under way then
+        return self._planned is None or number <= self._asked or self._bytes_with(self._planned) <= self._limit(number)
+
+    def _bytes_with(self, step: Step) -> int:
+        """What is under way once `step` is, each worker with a part of the source in its hands."""
+        hands = min(self._workers.count, len(step.missing)) * step.largest_bytes
+        return self._cache.reserved_bytes + step.reserved_bytes + hands
+
+    def _limit(self, number: int) -> int:
+        """Beyond what the exchange needs, half of the budget is left for what is kept."""
+        return self._cache.budget_bytes // (1 if number <= self._asked + EXCHANGE_AHEAD else 2)
 
     def _admit(self, number: int) -> None:
-        step, error = None, None
+        step, error, fits = self._planned, None, False
         try:
-            step = self._delivery.step(number)
-            self._cache.reserve(step.reserved_bytes)
-            under_way, budget = self._cache.reserved_bytes, self._cache.budget_bytes
-            if under_way > budget:
+            if step is None:
+                step = self._delivery.step(number)
+            under_way, budget = self._bytes_with(step), self._cache.budget_bytes
+            with self._changed:
+                fits = under_way <= self._limit(number)
+                needed = number <= self._asked
+            if fits:
+                self._cache.reserve(step.reserved_bytes)
+            elif needed:
                 raise ConfigError(
-                    f"budget_bytes = {budget} is too small for rank {self._delivery.rank}: with step {number} "
-                    f"{under_way} bytes are under way at one time"
+                    f"budget_bytes = {budget} is too small for rank {self._delivery.rank}: step {number} alone "
+                    f"has {under_way} bytes under way"
                 )
         except Exception as caught:  # noqa: BLE001  handed to the thread that asks for the step
             error = caught
         with self._changed:
             self._admitting = False
+            self._planned = None if fits else step
             if error is not None or step is None:  # the steps before it can still be had
                 self._errors[number] = error or DataError(f"step {number} has no moves")
-            else:
+            elif fits:
                 self._admitted, self._steps[number] = number + 1, step
                 self._tasks.extend((step, sample) for sample in step.moves.samples_served(self._delivery.rank))
             self._changed.notify_all()
@@ -193,6 +211,10 @@ class Pipeline:
         try:
             return self._delivery.load(sample)
         finally:
+            self._freed_bytes += nbytes
+            if TRIM_SHARE * self._freed_bytes > self._cache.budget_bytes:
+                self._freed_bytes = 0
+                give_back()
             self._cache.reserve(-nbytes)
 
     def _conduct(self) -> bool:
@@ -227,7 +249,7 @@ class Pipeline:
             arrived = {} if self._exchange is None else self._delivery.swap(step, self._exchange)
             self._exchange_s += time.perf_counter() - begin_s
             if step.error is None:
-                result = self._on_device(self._delivery.batch(step, arrived))
+                result = on_device(self._delivery.batch(step, arrived), self._device, self._stream)
             del arrived
         except ExchangeError:
             raise
@@ -245,17 +267,6 @@ class Pipeline:
             else:
                 self._errors[number] = step.error or DataError(f"step {number} has no batch")
             self._changed.notify_all()
-
-    def _on_device(self, batch: Batch) -> tuple[Batch, torch.cuda.Event | None]:
-        """On a GPU: copied from pinned memory on a stream of its own, behind the step that is computed now."""
-        if self._stream is None:
-            return batch, None
-        with torch.cuda.stream(self._stream):
-            moved = {name: value.to(self._device, non_blocking=True) for name, value in batch.fields.items()}
-            event = torch.cuda.Event()
-            event.record(self._stream)
-        event.synchronize()  # in this thread: only then may the pinned memory be used again
-        return Batch(batch.step, batch.indices, batch.shape, moved), event
 
     def _say_goodbye(self) -> None:
         """Answer what other ranks still expect of this one, up to where all may have come."""

@@ -13,8 +13,9 @@ import threading
 import zlib
 from pathlib import Path
 
-import torch
 from torch import Tensor
+
+from meshwright.data.buffers import buffer
 
 _HEADER = struct.Struct("=8sqqI")
 _MAGIC = b"MESHWRSP"
@@ -63,7 +64,7 @@ class Spill:
         """The part, or None if it is not what was written; it is then forgotten."""
         start, header = self._places[sample]
         _, _, size, checksum = _HEADER.unpack(header)
-        packed = torch.empty(size, dtype=torch.uint8)
+        packed = buffer(size)
         data = packed.numpy().data
         try:
             found = os.pread(self.file.fileno(), len(header), start)

@@ -102,6 +102,11 @@ class Store:
         """How many threads read ahead now."""
         return self._pipeline.workers
 
+    @property
+    def next_step(self) -> int:
+        """The step that can be asked for."""
+        return self._pipeline.next_step
+
     def batch(self, step: int) -> Batch:
         """The batch of `step`, which must be the one after the last. Raises `DataError`, `ExchangeError`."""
         return self._pipeline.take(step)

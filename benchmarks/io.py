@@ -1,0 +1,244 @@
+"""What data costs a training step: ratios measured in one run, one function per claim.
+
+    python benchmarks/io.py                            # all claims
+    python benchmarks/io.py resident --edge 96         # step time with data ÷ with the data already there
+    python benchmarks/io.py rereading                  # batches from the store ÷ read from their files each time
+    python benchmarks/io.py layouts                    # whole samples read and parts given away ÷ own parts read
+    python benchmarks/io.py memory                     # memory of the store and its pipeline ÷ budget
+
+Each claim runs on two one-thread ranks (`--ranks`). Files are written to a temporary folder first, so they lie in the
+page cache; where `/proc/sys/vm/drop_caches` may be written (`--cold`) they are read from the disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import meshwright as mw
+from meshwright.data import sampler
+from meshwright.data.source import IMAGE, LABEL
+from meshwright.data.store import Store
+from meshwright.models.small_unet import SmallUNet
+from meshwright.train.memory import peak_bytes, reset_peak, resident_bytes
+
+SAMPLES = 8
+CPU = torch.device("cpu")
+
+
+class Npy:
+    """Pairs of .npy files [d, h, w], of which a read copies the box out of a memory map."""
+
+    fields = {"image": IMAGE, "label": LABEL}  # noqa: RUF012  a constant of this small class
+
+    def __init__(self, folder: str, samples: int = SAMPLES) -> None:
+        self.folder, self.names = Path(folder), tuple(f"{i:03d}" for i in range(samples))
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        d, h, w = np.load(self.folder / f"{index:03d}-image.npy", mmap_mode="r").shape
+        return d, h, w
+
+    def read(self, index: int, spans: Sequence[slice]) -> dict[str, torch.Tensor]:
+        paths = (self.folder / f"{index:03d}-{name}.npy" for name in self.fields)
+        image, label = (np.array(np.load(path, mmap_mode="r")[tuple(spans)]) for path in paths)
+        return {"image": torch.from_numpy(image)[None, None], "label": torch.from_numpy(label)[None]}
+
+
+def write_npy(folder: str, edge: int, samples: int = SAMPLES) -> None:
+    draw = np.random.default_rng(0)
+    for i in range(samples):
+        np.save(f"{folder}/{i:03d}-image.npy", draw.standard_normal((edge,) * 3, np.float32))
+        np.save(f"{folder}/{i:03d}-label.npy", draw.integers(0, 3, (edge,) * 3, np.uint8))
+
+
+def is_cold(wanted: bool) -> bool:
+    """Empty the page cache if that is wanted and allowed."""
+    if not wanted:
+        return False
+    os.sync()
+    try:
+        Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
+    except OSError:
+        return False
+    return True
+
+
+def order_of(samples: int, size: int) -> Callable[[int], tuple[int, ...]]:
+    return lambda step: sampler.batch(0, step, samples, size)
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def splits(ranks: int) -> dict[str, mw.Plan]:
+    return {"sample": mw.Plan.uniform(data=ranks), "depth": mw.Plan.uniform(depth=ranks)}
+
+
+def resident(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
+    """Step time with the store after the first epoch ÷ with one batch that is there already: the benchmark U-Net."""
+    for name, plan in splits(ranks).items():
+        size = ranks if name == "sample" else 1
+        torch.manual_seed(0)
+        model = SmallUNet(1, 3, base=16, levels=3, norm="none").to(memory_format=torch.channels_last_3d)
+        model = mw.parallelize(model, plan, strict=True)
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        epoch, rounds = SAMPLES // size, 5
+
+        def train(
+            part: torch.Tensor, plan: mw.Plan = plan, size: int = size, model: Any = model, sgd: Any = optimizer
+        ) -> None:
+            x = mw.from_local(part.contiguous(memory_format=torch.channels_last_3d), plan, (size, 1, *(edge,) * 3))
+            sgd.zero_grad(set_to_none=True)
+            (model(x).float() ** 2).mean().backward()
+            sgd.step()
+
+        pairs = []
+        with Store(
+            Npy(folder), plan, order_of(SAMPLES, size), budget_bytes=4 << 30, last=epoch * (rounds + 1)
+        ) as store:
+            for _ in range(epoch):
+                batch = store.batch(store.next_step)
+                train(batch["image"])
+            for _ in range(rounds):
+                seconds = {"data": list[float](), "resident": list[float]()}
+                for _ in range(epoch):  # in turns, so that the machine's mood is the same for both
+                    for kind in seconds:
+                        barrier()
+                        begin_s = time.perf_counter()
+                        train(store.batch(store.next_step)["image"] if kind == "data" else batch["image"])
+                        seconds[kind].append(time.perf_counter() - begin_s)
+                pairs.append(statistics.median(seconds["data"]) / statistics.median(seconds["resident"]))
+            waited = store.stats.wait_s / store.stats.steps
+        yield f"resident, {name}: step with data / resident", statistics.median(pairs)
+        yield f"resident, {name}: wait per step, ms", 1e3 * waited
+
+
+def rereading(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
+    """An epoch of batches read from the files each time ÷ the same epoch from the store, nothing else computed."""
+    for name, plan in splits(ranks).items():
+        size, source = (ranks if name == "sample" else 1), Npy(folder)
+        order, rank, epoch = order_of(SAMPLES, size), dist.get_rank(), SAMPLES // size
+        is_cold(cold)
+        barrier()
+        begin_s = time.perf_counter()
+        for step in range(epoch, 2 * epoch):
+            rows, _, *spans = mw.interval((size, 1, *source.shape(0)), plan, rank)
+            torch.cat([source.read(index, spans)["image"] for index in order(step)[rows]])
+        barrier()
+        direct_s = time.perf_counter() - begin_s
+        with Store(source, plan, order, budget_bytes=4 << 30, last=2 * epoch) as store:
+            for step in range(epoch):
+                store.batch(step)
+            barrier()
+            begin_s = time.perf_counter()
+            for step in range(epoch, 2 * epoch):
+                store.batch(step)
+            barrier()
+            store_s = time.perf_counter() - begin_s
+        yield f"rereading, {name}: from files / from the store", direct_s / store_s
+
+
+def layouts(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
+    """First epoch of a split sample: one rank reads it and gives parts away ÷ each rank reads its own part."""
+    plan, seconds = splits(ranks)["depth"], {}
+    for name, reading in (("own part", plan), ("sample-parallel", splits(ranks)["sample"])):
+        for turn in range(2):  # once to bring both to the same state of the page cache
+            is_cold(cold)
+            barrier()
+            begin_s = time.perf_counter()
+            with Store(
+                Npy(folder), plan, order_of(SAMPLES, 1), budget_bytes=4 << 30, last=SAMPLES, reading=reading
+            ) as store:
+                for _ in store:
+                    pass
+            barrier()
+            seconds[name, turn] = time.perf_counter() - begin_s
+    yield "layouts: whole samples and scatter / own part", seconds["sample-parallel", 1] / seconds["own part", 1]
+
+
+class Made:
+    """Samples that are made, not read: what memory they take is the store's alone."""
+
+    fields = {"image": IMAGE, "label": LABEL}  # noqa: RUF012  a constant of this small class
+
+    def __init__(self, samples: int, edge: int) -> None:
+        self.names, self._shape = tuple(map(str, range(samples))), (edge,) * 3
+
+    def shape(self, index: int) -> tuple[int, int, int]:
+        return self._shape
+
+    def read(self, index: int, spans: Sequence[slice]) -> dict[str, torch.Tensor]:
+        sizes = [span.stop - span.start for span in spans]
+        return {
+            "image": torch.full((1, 1, *sizes), float(index)),
+            "label": torch.full((1, *sizes), 1, dtype=torch.uint8),
+        }
+
+
+def memory(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
+    """The most memory that a rank gained while three epochs were served ÷ budget; two thirds of its share fit."""
+    samples = 64
+    for name, plan in splits(ranks).items():
+        size, source = (ranks if name == "sample" else 1), Made(samples, edge)
+        order, budget = order_of(samples, size), samples * edge**3 * 5 * 2 // (3 * ranks)
+        with Store(source, plan, order, budget_bytes=budget, last=2, spill=folder) as store:
+            list(store)  # what torch, threads and shared memory take once is no part of any budget
+        before = resident_bytes(CPU)
+        reset_peak(CPU)
+        last = 3 * samples // size
+        with Store(source, plan, order, budget_bytes=budget, last=last, spill=folder) as store:
+            for batch in store:
+                batch["image"].sum()
+            gained = peak_bytes(CPU) - before
+        yield f"memory, {name}: gained / budget", gained / budget
+        yield f"memory, {name}: counted / budget", store.peak_bytes / budget
+        yield f"memory, {name}: parts from disk an epoch", store.cache_stats.from_disk / 3
+
+
+CLAIMS = {claim.__name__: claim for claim in (resident, rereading, layouts, memory)}
+
+
+def measured(name: str, folder: str, edge: int, ranks: int, cold: bool) -> list[tuple[str, float]]:
+    """Runs on each rank."""
+    torch.set_num_threads(1)
+    return list(CLAIMS[name](folder, edge, ranks, cold))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("claims", nargs="*", help=f"of {', '.join(CLAIMS)}; all of them without")
+    parser.add_argument("--edge", type=int, default=96)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--cold", action="store_true", help="empty the page cache before each reading, if permitted")
+    parser.add_argument("--json", help="also write the figures to this file")
+    args = parser.parse_args()
+    figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        write_npy(folder, args.edge)
+        print(f"{SAMPLES} samples of {args.edge} cubed, {args.ranks} ranks; page cache", end=" ")
+        print("emptied before reading" if is_cold(args.cold) else "warm: the files were just written")
+        for name in args.claims or CLAIMS:
+            found = mw.launch(measured, args.ranks, (name, folder, args.edge, args.ranks, args.cold), threads=1)
+            for lines in zip(*found, strict=True):
+                what, worst = lines[0][0], max(value for _, value in lines)
+                figures[what] = worst
+                print(f"  {what:52s} {worst:8.3f}  (each rank: {', '.join(f'{value:.3f}' for _, value in lines)})")
+    if args.json:
+        Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Memory that goes back to the system when it is freed.
+
+Parts and batches are made in one thread and freed in another, again and again. The C library keeps what each thread
+has freed for that thread's next request, and a store would take several times its budget. So the store uses pages of
+its own, and has what sources have freed given back (`give_back`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import mmap
+import sys
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SMALLEST_BYTES = 1 << 16  # below this whole pages would waste more than they give back
+
+
+def buffer(nbytes: int) -> Tensor:
+    """[nbytes] of uint8, with any content."""
+    if nbytes < SMALLEST_BYTES:
+        return torch.zeros(nbytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return torch.frombuffer(pages, dtype=torch.uint8)
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """A contiguous tensor of `shape`, with any content."""
+    return buffer(math.prod(shape) * dtype.itemsize).view(dtype).view(tuple(shape))
+
+
+_trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+
+
+def give_back() -> None:
+    """Have the C library return what is free to the system, where it can (glibc's `malloc_trim`); milliseconds."""
+    if _trim is not None:
+        _trim(0)
