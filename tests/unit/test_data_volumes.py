@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from meshwright.data.source import Kept, ReadStats, batch_shape, read_batch
+from meshwright.data.source import Kept, ReadStats, batch_shape, read_batch, widened
 from meshwright.data.volumes import Pairs, hold_out, intensity, open_pairs
 from meshwright.errors import DataError
 from meshwright.plan.plan import Plan, interval
@@ -128,6 +128,12 @@ def test_a_batch_has_the_samples_and_the_box_of_its_rank(folder: Path) -> None:
             assert torch.equal(part.image[row], expected.image[0])
             assert torch.equal(part.label[row], expected.label[0])
         assert part.image.shape == tuple(span.stop - span.start for span in spans)
+
+
+def test_a_halo_reaches_as_far_as_the_volume_does() -> None:
+    spans = (slice(0, 3), slice(3, 6), slice(5, 5))
+    assert widened(spans, (8, 7, 5), 2) == (slice(0, 5), slice(1, 7), slice(5, 5))
+    assert widened(spans, (8, 7, 5), (0, 1, 9)) == (slice(0, 3), slice(2, 7), slice(5, 5))
 
 
 def test_a_rank_without_samples_gets_an_empty_part(folder: Path) -> None:
