@@ -18,9 +18,10 @@ from meshwright.data.transforms import WORDS, Box, Fields, Shape, sizes
 from meshwright.errors import DataError
 from meshwright.plan.geometry import Interval
 
-_SLAB = 1 << 18  # voxels resampled at once
+_SLAB = 1 << 15  # voxels resampled at once
 
 Coordinates = Callable[[Box], list[Tensor]]  # output box -> global input coordinate along each dim, fp64
+Place = tuple[Tensor, Tensor | None]  # steps through a flattened box; whether inside of the volume
 Fill = tuple[float | None, int]  # for images (None: the edge goes on) and for labels
 
 
@@ -54,51 +55,60 @@ def resample(
     }
     if not math.prod(sizes(box)):
         return found
+    edge = fill[0] is None
     for slab in _slabs(box):
         here = slice(slab[0].lo - box[0].lo, slab[0].hi - box[0].lo)
         coordinates = torch.broadcast_tensors(*at(slab))
-        if fill[0] is None:
+        if edge:
             coordinates = tuple(x.clamp(0, size - 1) for x, size in zip(coordinates, shape, strict=True))
         corners = [x.floor() for x in coordinates]
+        first = [corner.long() for corner in corners]
+        lower, upper = (_along([i + end for i in first], source, shape, edge) for end in (0, 1))
+        pairs = list(zip(lower, upper, strict=True))
+        middle = _along([(x + 0.5).floor().long() for x in coordinates], source, shape, edge)
         for name, field in part.items():
-            look = _Lookup(field, source, shape, fill)
+            flat = field.reshape(*field.shape[: field.ndim - len(shape)], -1)
             if name in nearest or not field.is_floating_point():
-                _rows(found[name], box, here).copy_(look([(x + 0.5).floor().long() for x in coordinates]))
+                outside = fill[0] if field.is_floating_point() else fill[1]
+                _rows(found[name], box, here).copy_(_taken(flat, middle, outside))
                 continue
-            share = [(x - corner).to(field.dtype) for x, corner in zip(coordinates, corners, strict=True)]
-            first = [corner.long() for corner in corners]
             total = torch.zeros((), dtype=field.dtype)
+            share = [(x - corner).to(field.dtype) for x, corner in zip(coordinates, corners, strict=True)]
+            shares = [(1 - x, x) for x in share]
             for ends in itertools.product((0, 1), repeat=len(shape)):
-                value = look([i + end for i, end in zip(first, ends, strict=True)])
-                for end, weight in zip(ends, share, strict=True):
-                    value = value * (weight if end else 1 - weight)
-                total = total + value
+                weight = math.prod([pair[end] for pair, end in zip(shares, ends, strict=True)], start=1)
+                places = [pair[end] for pair, end in zip(pairs, ends, strict=True)]
+                total = total + _taken(flat, places, fill[0]) * weight
             _rows(found[name], box, here).copy_(total)
     return found
+
+
+def _along(positions: Sequence[Tensor], source: Box, shape: Shape, edge: bool) -> list[Place]:
+    """Global positions along each dim as steps through the flattened `source`; without `edge`, what is inside too."""
+    found, step = list[Place](), 1
+    for position, span, size in reversed(list(zip(positions, source, shape, strict=True))):
+        held = position if edge else position.clamp(0, size - 1)
+        inside = None if edge else held == position
+        found.append(((held.clamp(max=size - 1) - span.lo) * step, inside))
+        step *= span.size
+    return found[::-1]
+
+
+def _taken(flat: Tensor, places: Sequence[Place], outside: float | None) -> Tensor:
+    """The voxels at `places` (one for each dim) of a field [..., voxels]."""
+    offset = places[0][0]
+    for more, _ in places[1:]:
+        offset = offset + more
+    values = flat[..., offset]
+    for _, inside in places:
+        if inside is not None and outside is not None:
+            values = torch.where(inside, values, torch.tensor(outside, dtype=values.dtype))
+    return values
 
 
 def _rows(field: Tensor, box: Box, rows: slice) -> Tensor:
     """A view of the rows of a field along its first spatial dim."""
     return field.narrow(field.ndim - len(box), rows.start, rows.stop - rows.start)
-
-
-class _Lookup:
-    """Voxels of a field by their global positions."""
-
-    def __init__(self, field: Tensor, source: Box, shape: Shape, fill: Fill) -> None:
-        self._flat = field.reshape(*field.shape[: field.ndim - len(shape)], -1)
-        self._source, self._shape = source, shape
-        self._fill = None if fill[0] is None else fill[0 if field.is_floating_point() else 1]
-
-    def __call__(self, positions: Sequence[Tensor]) -> Tensor:
-        flat, inside = torch.zeros((), dtype=torch.int64), torch.ones((), dtype=torch.bool)
-        for position, span, size in zip(positions, self._source, self._shape, strict=True):
-            flat = flat * span.size + (position.clamp(0, size - 1) - span.lo)
-            inside = inside & (position >= 0) & (position < size)
-        values = self._flat[..., flat]
-        return (
-            values if self._fill is None else torch.where(inside, values, torch.tensor(self._fill, dtype=values.dtype))
-        )
 
 
 def _slabs(box: Box) -> Iterator[Box]:
