@@ -130,11 +130,18 @@ def test_the_file_has_no_name_and_a_full_disk_only_drops(tmp_path: Path, monkeyp
 
 def test_threads_that_want_the_same_part_read_it_once() -> None:
     cache = Cache(100 * SIZE, Uses(lambda step: [0], 0, None, 4))
-    together, reads = threading.Barrier(4), []
+    together, second, reads = threading.Barrier(4), threading.Event(), list[int]()
+
+    def load() -> torch.Tensor:
+        reads.append(1)
+        if len(reads) > 1:
+            second.set()
+        second.wait(0.2)  # room for a second read, which must not come
+        return packed(0)
 
     def want() -> None:
         together.wait()
-        cache.get(0, 0, lambda: reads.append(1) or packed(0))
+        cache.get(0, 0, load)
 
     threads = [threading.Thread(target=want) for _ in range(4)]
     for thread in threads:

@@ -282,16 +282,17 @@ class Pipeline:
         except (ExchangeError, DataError):
             return  # the others are gone already, or stop at the same samples
 
-    def close(self) -> None:
-        """End the threads, or leave one behind that does not return in `CLOSE_S` seconds."""
+    def close(self) -> bool:
+        """End the threads; False if one is left behind that did not return in `CLOSE_S` seconds."""
         with self._changed:
             self._stopping = self._closed = True
             self._changed.notify_all()
-        self._workers.join(CLOSE_S)
-        if self._conductor.join(CLOSE_S) and self._exchange is not None:
+        read, conducted = self._workers.join(CLOSE_S), self._conductor.join(CLOSE_S)
+        if conducted and self._exchange is not None:
             self._exchange.hang_up()
             self._exchange = None
         with self._changed:
             self._ready.clear()
             self._steps.clear()
             self._tasks.clear()
+        return read and conducted

@@ -117,8 +117,8 @@ class Store:
 
     def close(self) -> None:
         """End all threads and give memory and disk back. Never hangs; other ranks that wait are told."""
-        self._pipeline.close()
-        self._cache.close()
+        if self._pipeline.close():  # else a thread may still write to the file
+            self._cache.close()
         _open.discard(self)
 
     def __enter__(self) -> Store:
