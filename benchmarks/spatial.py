@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
 import platform
 import random
 import statistics
@@ -36,7 +37,9 @@ from meshwright.models.cosmoflow import CosmoFlow
 from meshwright.models.resnet import resnet18
 from meshwright.models.small_unet import SmallUNet, benchmark_unet
 from meshwright.parallel.account import Totals, totals
+from meshwright.parallel.functions import tuple_of
 from meshwright.parallel.kernels import Conv
+from meshwright.parallel.pool_kernels import Boxes, average
 from meshwright.parallel.rules.halo_conv import SpatialConv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -81,7 +84,7 @@ NETWORKS = {
 
 
 def same_kernels(model: nn.Module) -> nn.Module:
-    """Plain modules whose convolutions use Meshwright's choice of kernels, without any mesh."""
+    """Plain modules whose convolutions and average pooling use Meshwright's choice of kernels, without any mesh."""
 
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         edges = zip(x.shape[2:], self.kernel_size, self.padding, self.stride, strict=True)
@@ -89,9 +92,15 @@ def same_kernels(model: nn.Module) -> nn.Module:
         conv = Conv(self.stride, self.dilation, self.groups)
         return SpatialConv.apply(x, self.weight, self.bias, conv, tuple((p, p) for p in self.padding), sizes)
 
+    def pool(self: Any, x: torch.Tensor) -> torch.Tensor:
+        kernel, stride, pads = (tuple_of(v, 3) for v in (self.kernel_size, self.stride, self.padding))
+        return average(x, Boxes(kernel, stride, pads, self.ceil_mode, math.prod(kernel)))
+
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Conv3d):
             module.forward = forward.__get__(module)
+        elif isinstance(module, nn.AvgPool3d):
+            module.forward = pool.__get__(module)
     return model
 
 

@@ -82,6 +82,10 @@ def even(step: Step, parts: Sequence[int], place: Sequence[int]) -> Count:
     """The closed form: faces of the part, each as wide as the part with the planes that earlier dims brought."""
     out = Count()
     extent = [size // p for size, p in zip(step.space, parts, strict=True)]
+    if step.kind == "avg_pool":  # dims that are whole are pooled before anything is sent
+        extent = [
+            step.outputs(dim) if p == 1 else size for dim, (size, p) in enumerate(zip(extent, parts, strict=True))
+        ]
     for dim in step.order():
         before, after = int(place[dim] > 0), int(place[dim] < parts[dim] - 1)
         sends, receives = (before + after, before + after) if step.stride == 1 else (after, before)
@@ -134,6 +138,10 @@ def counted(step: Step, parts: Sequence[int], batch: int = 1) -> list[Count]:
     results = []
     for place in places(parts):
         extent = [owners[dim].count(place[dim]) for dim in range(len(parts))]
+        if step.kind == "avg_pool":  # dims that need no other rank are pooled before anything is sent
+            for dim, p in enumerate(parts):
+                if not pieces[dim]:
+                    extent[dim] = _owner(step.outputs(dim), p).count(place[dim])
         out = Count()
         for dim in step.order():
             if parts[dim] == 1:  # nothing is cut there, nor cut off

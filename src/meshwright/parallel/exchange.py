@@ -2,8 +2,8 @@
 
 This is the one primitive under every spatial rule. The intervals may be uneven, empty, wider than a shard, and
 overlap; all ranks know all intervals (they are arithmetic of the global shape), so sends and receives pair up
-without negotiation. Backward is the adjoint: what a rank got is sent back and added by its owner, in the order of
-the ranks, so that results are the same bits in every run.
+without negotiation. Backward is the adjoint: what a rank got is sent back and added by its owner to its own, in the
+order of the ranks, so that results are the same bits in every run.
 
 On the wire a piece lies channels-last (N, ..., C): a slab of a `channels_last_3d` activation is sent without a copy.
 """
@@ -129,13 +129,16 @@ def _return(grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line)
     own, want = owned[line.me], wanted[line.me]
     shape = list(grad.shape)
     shape[line.dim] = own.size
-    out = torch.empty_strided(shape, dense_strides(grad, shape), dtype=grad.dtype, device=grad.device).zero_()
+    out = torch.empty_strided(shape, dense_strides(grad, shape), dtype=grad.dtype, device=grad.device)
     span = own.meet(want)
-    pieces = posted.pieces()
+    lo, hi = (span.lo, span.hi) if span.size else (own.lo, own.lo)
+    for ends in (Interval(own.lo, lo), Interval(hi, own.hi)):  # what this rank did not want itself
+        out.narrow(line.dim, ends.lo - own.lo, ends.size).zero_()
     if span.size:
-        pieces = [*pieces, (span, line.me, grad.narrow(line.dim, span.lo - want.lo, span.size))]
-    for span, _, piece in sorted(pieces, key=lambda entry: entry[1]):
-        out.narrow(line.dim, span.lo - own.lo, span.size).add_(piece)
+        mine = grad.narrow(line.dim, span.lo - want.lo, span.size)
+        out.narrow(line.dim, span.lo - own.lo, span.size).copy_(mine)
+    for piece_span, _, piece in sorted(posted.pieces(), key=lambda entry: entry[1]):
+        out.narrow(line.dim, piece_span.lo - own.lo, piece_span.size).add_(piece)
     return out
 
 

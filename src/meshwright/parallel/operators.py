@@ -85,7 +85,8 @@ def set_pointwise(rule: Rule) -> Rule:
 
 def cause_of(func: Any, args: Any) -> Cause:
     """On whose behalf an operator communicates."""
-    return Cause(ledger_of(args), (layer(), func._schema.name.removeprefix("aten::")))
+    name = func._schema.name.removeprefix("aten::").removeprefix("_unsafe_")  # the name that users write
+    return Cause(ledger_of(args), (layer(), name))
 
 
 def placed(x: Any, target: Placements, cause: Cause) -> torch.Tensor:

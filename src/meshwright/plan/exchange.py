@@ -5,7 +5,8 @@
     gradient  2 (p − 1) / p × the parameters that p ranks used on different data: an all-reduce, in buckets
 
 Split dims are exchanged one after the other and a later one carries what earlier ones brought, so corners need no
-message of their own. Backward sends home what forward received. The intervals are those of `plan.geometry`.
+message of their own. Average pooling is a sum over lines: dims that need no other rank go first and are shorter
+when the others are exchanged. Backward sends home what forward received. The intervals are those of `plan.geometry`.
 """
 
 from __future__ import annotations
@@ -99,6 +100,8 @@ def _exchange(layer: Layer, plan: Plan, rank: int) -> Exchange:
         return Exchange(layer, total(_gathers(layer, plan, space, extents)), Sent(), elements)
     # convolution exchanges the last dim first, pooling the first
     space.sort(key=lambda entry: entry[1], reverse=layer.op == "convolution")
+    if layer.op == "avg_pool":
+        _pool_near(layer, plan, space, place, extents)
     forward, backward = Sent(), Sent()
     for axis, dim in space:
         cut = _cut(layer.shape[dim], layer.out[dim], layer.taps[dim - 2], plan.axes[axis].size)[place[axis]]
@@ -108,6 +111,20 @@ def _exchange(layer: Layer, plan: Plan, rank: int) -> Exchange:
             backward = backward.plus(Sent(sum(cut.received) * plane_bytes, len(cut.received)))
         extents[dim] = cut.wanted
     return Exchange(layer, forward, backward if layer.trains_input else Sent(), elements)
+
+
+def _pool_near(
+    layer: Layer, plan: Plan, space: Sequence[tuple[int, int]], place: Sequence[int], extents: list[int]
+) -> None:
+    """Average pooling sums first along the dims that need no other rank (but halves, which would round in between)."""
+    parts = dict.fromkeys(range(2, len(layer.shape)), (1, 0)) | {
+        dim: (plan.axes[axis].size, place[axis]) for axis, dim in space
+    }
+    cuts = {dim: _cut(layer.shape[dim], layer.out[dim], layer.taps[dim - 2], n) for dim, (n, _) in parts.items()}
+    near = [dim for dim, cut in cuts.items() if not any(side.sent for side in cut)]
+    if layer.itemsize >= 4 and any(layer.taps[dim - 2].kernel > 1 or layer.taps[dim - 2].stride > 1 for dim in near):
+        for dim in near:
+            extents[dim] = chunk(layer.out[dim], *parts[dim]).size
 
 
 class _Cut(NamedTuple):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 
 from meshwright.parallel.functions import function, tuple_of
+from meshwright.parallel.pool_kernels import Boxes, average
 from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, unravelled
 from meshwright.parallel.tensor import wrap
 from meshwright.plan.geometry import Interval, chunks
@@ -168,13 +169,18 @@ def _positions(index: torch.Tensor, spans: Sequence[Interval], space: Space, gri
     return raster(places, space.shape[2:])
 
 
-def _average(
-    x: torch.Tensor, kernel: tuple[int, ...], stride: tuple[int, ...], pads: tuple[int, ...], ceil: bool, divisor: int
-) -> torch.Tensor:
-    """Sums over windows (zeros outside) by one divisor; torch's 1-D form has none, so it is 2-D of height 1."""
-    if x.ndim > 3:
-        return _AVG[x.ndim - 2](x, kernel, stride, pads, ceil, True, divisor)
-    return F.avg_pool2d(x.unsqueeze(-2), (1, *kernel), (1, *stride), (0, *pads), ceil, True, divisor).squeeze(-2)
+def _far(space: Space, out_shape: Sequence[int], grids: Sequence[Grid]) -> list[int]:
+    """The dims along which some rank reads what another one owns."""
+    found = []
+    for i, grid in enumerate(grids):
+        size, line = space.shape[i + 2], space.line(i + 2)
+        if line is None:
+            continue
+        windows = (grid.window(out, size)[0] for out in chunks(out_shape[i + 2], line.ranks))
+        owned = chunks(size, line.ranks)
+        if any(w.size and w.meet(own) != w for w, own in zip(windows, owned, strict=True)):
+            found.append(i)
+    return found
 
 
 def _shares(grid: Grid, out: Interval, size: int, include_pad: bool) -> list[float]:
@@ -206,6 +212,16 @@ def avg_pool(
     options = (ceil_mode, count_include_pad, *([] if n == 1 else [divisor_override]))
     out_shape = _sizes(_AVG[n], tuple(input.shape), (kernel, strides, pads, *options))
     space, local = enter(input, "avg_pool")
+    far = _far(space, out_shape, grids)
+    near = [i for i, grid in enumerate(grids) if i not in far and (grid.k > 1 or grid.s > 1)]
+    if far and near and local.dtype in (torch.float32, torch.float64):
+        # Sums over boxes are sums over lines: first where no other rank is needed, then less is left to send and lay
+        # together. Halves would round in between.
+        for stage, override in ((near, 1 if divisor_override else None), (far, divisor_override)):
+            there = [(grid.k, grid.s, grid.p) if i in stage else (1, 1, 0) for i, grid in enumerate(grids)]
+            k, s, p = (list(values) for values in zip(*there, strict=True))
+            input = avg_pool(n, input, k, s, p, ceil_mode, count_include_pad, override)
+        return input
     divisor = divisor_override or math.prod(kernel)
     (y, *_), _ = _pooled(
         space,
@@ -213,7 +229,7 @@ def avg_pool(
         out_shape,
         grids,
         0.0,
-        lambda window, p, ceil: (_average(window, kernel, strides, p, ceil, divisor),),
+        lambda window, p, ceil: (average(window, Boxes(kernel, strides, p, ceil, divisor)),),
     )
     if not divisor_override and y.numel():
         y = _scaled(space, y, out_shape, grids, count_include_pad)

@@ -1,0 +1,156 @@
+"""Average pooling of local parts: torch's own 3-D kernel knows no channels_last_3d.
+
+It copies such an input to the default format and gives the default format back, by which all that follows leaves the
+fast kernels too (an activation's gradient alone took five times as long). Sums over boxes are sums over lines, so here
+the last two dims are pooled as a channels_last image, the first one after them on what is left.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch.autograd import Function
+
+from meshwright.parallel.kernels import memory_format
+
+_AVG: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+MOST_TAPS = 4  # of a kernel along one dim: the gradient passes over the input once a tap
+
+
+class Boxes(NamedTuple):
+    """The windows of an average pooling, per spatial dim, and what each sum is divided by."""
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    pads: tuple[int, ...]
+    ceil: bool
+    divisor: int
+
+
+def average(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
+    """Sums over windows (zeros outside) by one divisor; `x` is [N, C, *space]. Differentiable, twice too."""
+    kernel, stride, pads, ceil, divisor = boxes
+    if x.ndim == 3:  # torch's 1-D form has no divisor, so it is 2-D of height 1
+        return F.avg_pool2d(x.unsqueeze(-2), (1, *kernel), (1, *stride), (0, *pads), ceil, True, divisor).squeeze(-2)
+    if _is_separable(x, boxes):
+        return Average.apply(x, boxes)
+    return _AVG[x.ndim - 2](x, kernel, stride, pads, ceil, True, divisor)
+
+
+def _is_separable(x: torch.Tensor, boxes: Boxes) -> bool:
+    return (
+        x.device.type == "cpu"
+        and x.ndim == 5
+        and x.dtype in (torch.float32, torch.float64)
+        and x.shape[1] > 1
+        and x.numel() > 0
+        and memory_format(x) is torch.channels_last_3d
+        and boxes.divisor == math.prod(boxes.kernel)
+        and max(boxes.kernel) <= MOST_TAPS
+        and all(k == 1 or 2 * p <= k for k, p in zip(boxes.kernel, boxes.pads, strict=True))
+    )
+
+
+class Average(Function):
+    """Average pooling of a channels_last_3d volume; its gradient is `Spread`, whose gradient is `Average` again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
+        ctx.boxes, ctx.space = boxes, tuple(x.shape[2:])
+        y = _image_pooled(x, boxes) if max(boxes.kernel[1:]) > 1 or max(boxes.stride[1:]) > 1 else x
+        return _depth_pooled(y, boxes) if boxes.kernel[0] > 1 or boxes.stride[0] > 1 else y.clone() if y is x else y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return Spread.apply(grad, ctx.boxes, ctx.space), None
+
+
+class Spread(Function):
+    """The adjoint of `Average`: every result hands its share to the positions of its window."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, boxes: Boxes, space: tuple[int, ...]) -> torch.Tensor:
+        ctx.boxes = boxes
+        out = grad.contiguous(memory_format=torch.channels_last_3d) / boxes.divisor
+        for dim in (4, 3, 2):  # the outermost last: the tensor is largest then, and its planes lie together
+            kernel, stride, pad = (v[dim - 2] for v in (boxes.kernel, boxes.stride, boxes.pads))
+            if kernel > 1 or stride > 1:
+                out = _spread(out, dim, space[dim - 2], kernel, stride, pad)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return Average.apply(grad.contiguous(memory_format=torch.channels_last_3d), ctx.boxes), None, None
+
+
+def _image_pooled(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
+    """Over the last two dims: every plane is an image of the batch."""
+    n, c, d, h, w = x.shape
+    images = x.permute(0, 2, 3, 4, 1).reshape(n * d, h, w, c).permute(0, 3, 1, 2)
+    kernel, stride, pads = boxes.kernel[1:], boxes.stride[1:], boxes.pads[1:]
+    y = F.avg_pool2d(images, kernel, stride, pads, boxes.ceil, True, math.prod(kernel))
+    y = y.permute(0, 2, 3, 1).contiguous()
+    return y.view(n, d, *y.shape[1:]).permute(0, 4, 1, 2, 3)
+
+
+def _depth_pooled(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
+    """Over the first dim of space: planes are rows, added as a whole."""
+    kernel, stride, pad = boxes.kernel[0], boxes.stride[0], boxes.pads[0]
+    n, c, d, h, w = x.shape
+    rows = x.permute(0, 2, 3, 4, 1).reshape(n, d, h * w * c)
+    outs = F.avg_pool1d(x.new_empty(1, 1, d), kernel, stride, pad, boxes.ceil).shape[2]
+    out = x.new_empty((n, outs, h * w * c))
+    _gather_taps(out, rows, kernel, stride, pad)
+    return out.div_(kernel).view(n, outs, h, w, c).permute(0, 4, 1, 2, 3)
+
+
+def _gather_taps(out: torch.Tensor, rows: torch.Tensor, kernel: int, stride: int, pad: int) -> None:
+    """out[:, i] = Σ_k rows[:, i stride - pad + k], zeros outside."""
+    taps = [(k, *_span(out.shape[1], rows.shape[1], k - pad, stride)) for k in range(kernel)]
+    first = max(taps, key=lambda tap: tap[2] - tap[1])  # the tap that all, or nearly all, windows have
+    for k, lo, hi in [first, *(tap for tap in taps if tap is not first)]:
+        source = rows[:, lo * stride - pad + k : (hi - 1) * stride - pad + k + 1 : stride] if hi > lo else None
+        if k == first[0]:
+            out[:, :lo].zero_()
+            out[:, hi:].zero_()
+            if source is not None:
+                out[:, lo:hi].copy_(source)
+        elif source is not None:
+            out[:, lo:hi].add_(source)
+
+
+def _span(outputs: int, size: int, shift: int, stride: int) -> tuple[int, int]:
+    """The outputs i for which 0 <= i stride + shift < size."""
+    lo = min(outputs, max(0, -(shift // stride)))
+    return lo, max(lo, min(outputs, (size - 1 - shift) // stride + 1))
+
+
+def _spread(grad: torch.Tensor, dim: int, size: int, kernel: int, stride: int, pad: int) -> torch.Tensor:
+    """out[p] = Σ grad[i] over all i, k with p = i stride - pad + k, along `dim`."""
+    shape = list(grad.shape)
+    shape[dim] = size
+    out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last_3d)
+    outputs = grad.shape[dim]
+    for phase in range(min(stride, size)):  # positions p with p % stride == phase get from the same taps
+        mine = out[(slice(None),) * dim + (slice(phase, None, stride),)]
+        fresh = True
+        for k in range((phase + pad) % stride, kernel, stride):
+            shift = (k - pad - phase) // stride  # position number i + shift of this phase
+            lo, hi = max(0, -shift), min(outputs, mine.shape[dim] - shift)
+            if hi <= lo:
+                continue
+            piece = grad.narrow(dim, lo, hi - lo)
+            target = mine.narrow(dim, lo + shift, hi - lo)
+            if fresh:
+                mine.narrow(dim, 0, lo + shift).zero_()
+                mine.narrow(dim, hi + shift, mine.shape[dim] - hi - shift).zero_()
+                target.copy_(piece)
+                fresh = False
+            else:
+                target.add_(piece)
+        if fresh:
+            mine.zero_()
+    return out
