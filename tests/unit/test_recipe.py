@@ -17,12 +17,12 @@ from torch import Tensor
 from transform_draws import Reading, sample
 
 import meshwright as mw
-from meshwright.data.augmented import Augmented
+from meshwright.data.augmented import Augmented, held
 from meshwright.data.intensity import Gamma, Linear, Noise
 from meshwright.data.rearrange import Crop, Flip, Permute, Roll
 from meshwright.data.recipe import Recipe, turned
-from meshwright.data.source import Field, Part, ReadStats, batch_shape, read_batch
-from meshwright.data.transforms import Compose
+from meshwright.data.source import Field, Part, ReadStats, batch_shape, read_batch, widened
+from meshwright.data.transforms import Compose, read
 from meshwright.data.warp import Affine, Elastic
 from meshwright.errors import DataError
 
@@ -200,3 +200,25 @@ def test_a_batch_of_augmented_samples_is_read_in_parts() -> None:
     assert (kept.reads, fresh.reads) == (8, before)
     with pytest.raises(ValueError, match="2 samples but 1 transforms"):
         Augmented(kept, (0, 1), [Compose()])
+
+
+def test_a_part_with_a_halo_is_augmented_in_memory() -> None:
+    fields = {name: field for name, field in sample(SHAPE).items() if name != "second"}
+    near = Recipe(rotate_deg=4.0, elastic=1.5, elastic_spacing=8.0, halo=2.0, gamma=0.5, noise=0.2)
+    moves = 0
+    for position in range(6):
+        drawn = near.draw(2, position, SHAPE)
+        whole = read(drawn, Reading({**fields, "second": fields["image"]}), [slice(0, n) for n in SHAPE], SHAPE)
+        for spans in parts_of(SHAPE, (3, 2, 8)):
+            wide = widened(spans, SHAPE, 8)
+            part = {name: field if name == "vector" else field[(..., *wide)] for name, field in fields.items()}
+            found = read(drawn, held(part, wide), spans, SHAPE)
+            assert torch.equal(found["image"], whole["image"][(..., *spans)])
+            assert torch.equal(found["label"], whole["label"][spans])
+            assert torch.equal(found["vector"], fields["vector"])
+            moves += int(wide != tuple(slice(0, n) for n in SHAPE))
+    assert moves > 0
+    wide = (slice(0, 6), slice(0, 11), slice(0, 13))
+    part = {name: field[(..., *wide)] for name, field in fields.items() if name != "vector"}
+    with pytest.raises(DataError, match=r"needs the voxels .* but this rank holds .* keep a wider halo"):
+        read(Flip(("depth",)), held(part, wide), wide, SHAPE)

@@ -1,12 +1,16 @@
-"""Augmented samples as a source: what reads parts of volumes reads parts of augmented volumes."""
+"""Augmented samples as a source: what reads parts of volumes reads parts of augmented volumes.
+
+And, for parts that are in memory already with some voxels around them (`Store(halo=…)`), a reader of these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 from meshwright.data import transforms
 from meshwright.data.source import Field, Part, ReadStats, VolumeSource
-from meshwright.data.transforms import Transform
+from meshwright.data.transforms import Fields, Reader, Transform
+from meshwright.errors import DataError
 
 
 class Augmented:
@@ -61,3 +65,27 @@ class Augmented:
         built = transforms.build(transform, one, spans, shape, volumes)
         stats = sum((part.stats for part in parts), ReadStats())
         return Part({name: tensor[None] for name, tensor in built.items()}, stats)
+
+
+def held(part: Fields, spans: Sequence[slice], volumes: Collection[str] | None = None) -> Reader:
+    """A reader of the box `spans` (a rank's part of a sample, and a halo around it) that `part` holds of every field.
+
+    What stays within the halo needs no file: intensities and noise, `Affine` and `Elastic` if it is their `halo` + 2
+    wide. The reader raises `DataError` for a box outside of what is held. `volumes`: as in `transforms.read`.
+    """
+
+    def reader(box: tuple[slice, ...]) -> Fields:
+        for want, have in zip(box, spans, strict=True):
+            if want.stop > want.start and not (have.start <= want.start and want.stop <= have.stop):
+                raise DataError(
+                    f"this augmentation needs the voxels {box} but this rank holds {tuple(spans)}: keep a wider halo, or "
+                    "read from the files (Augmented)"
+                )
+        cut = (
+            ...,
+            *(slice(max(w.start - h.start, 0), max(w.stop - h.start, 0)) for w, h in zip(box, spans, strict=True)),
+        )
+        chosen = [name for name, x in part.items() if x.ndim >= len(spans)] if volumes is None else volumes
+        return {name: x[cut] if name in chosen else x for name, x in part.items()}
+
+    return reader
