@@ -78,14 +78,11 @@ def held(part: Fields, spans: Sequence[slice], volumes: Collection[str] | None =
         for want, have in zip(box, spans, strict=True):
             if want.stop > want.start and not (have.start <= want.start and want.stop <= have.stop):
                 raise DataError(
-                    f"this augmentation needs the voxels {box} but this rank holds {tuple(spans)}: keep a wider halo, or "
-                    "read from the files (Augmented)"
+                    f"this augmentation needs the voxels {box} but this rank holds {tuple(spans)}: "
+                    "keep a wider halo, or read from the files (Augmented)"
                 )
-        cut = (
-            ...,
-            *(slice(max(w.start - h.start, 0), max(w.stop - h.start, 0)) for w, h in zip(box, spans, strict=True)),
-        )
+        cut = [slice(max(w.start - h.start, 0), max(w.stop - h.start, 0)) for w, h in zip(box, spans, strict=True)]
         chosen = [name for name, x in part.items() if x.ndim >= len(spans)] if volumes is None else volumes
-        return {name: x[cut] if name in chosen else x for name, x in part.items()}
+        return {name: x[(..., *cut)] if name in chosen else x for name, x in part.items()}
 
     return reader
