@@ -6,6 +6,7 @@ And, for parts that are in memory already with some voxels around them (`Store(h
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from types import EllipsisType
 
 from meshwright.data import transforms
 from meshwright.data.source import Field, Part, ReadStats, VolumeSource
@@ -81,8 +82,9 @@ def held(part: Fields, spans: Sequence[slice], volumes: Collection[str] | None =
                     f"this augmentation needs the voxels {box} but this rank holds {tuple(spans)}: "
                     "keep a wider halo, or read from the files (Augmented)"
                 )
-        cut = [slice(max(w.start - h.start, 0), max(w.stop - h.start, 0)) for w, h in zip(box, spans, strict=True)]
+        own = [slice(max(w.start - h.start, 0), max(w.stop - h.start, 0)) for w, h in zip(box, spans, strict=True)]
+        cut: tuple[EllipsisType | slice, ...] = (..., *own)
         chosen = [name for name, x in part.items() if x.ndim >= len(spans)] if volumes is None else volumes
-        return {name: x[(..., *cut)] if name in chosen else x for name, x in part.items()}
+        return {name: x[cut] if name in chosen else x for name, x in part.items()}
 
     return reader
