@@ -6,6 +6,7 @@ import threading
 from collections.abc import Mapping, Sequence
 
 from meshwright.data.source import Field, Part, ReadStats, VolumeSource
+from meshwright.errors import DataError
 
 
 class Counted:
@@ -13,6 +14,8 @@ class Counted:
 
     def __init__(self, source: VolumeSource) -> None:
         self._source, self._since, self._lock = source, ReadStats(), threading.Lock()
+        self.failed: tuple[int, DataError] | None = None  # the sample that could not be read last
+        self.left_out: dict[int, str] = {}  # samples that nobody is to read any more, and why
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -34,7 +37,11 @@ class Counted:
 
     def read(self, index: int, spans: Sequence[slice]) -> Part:
         """As the source does."""
-        part = self._source.read(index, spans)
+        try:
+            part = self._source.read(index, spans)
+        except DataError as error:
+            self.failed = index, error
+            raise
         with self._lock:
             self._since += part.stats
         return part

@@ -30,6 +30,7 @@ from meshwright.parallel.apply import from_local, parallelize
 from meshwright.parallel.mesh import default_device
 from meshwright.plan.plan import Plan, interval
 from meshwright.train import optim, precision, state
+from meshwright.train.skipping import agreed, replaced
 
 _DTYPE = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 means autocast
 
@@ -56,6 +57,7 @@ class Job:
     optimizer: torch.optim.Optimizer
     split: bool = True
     reads: Counted | None = None  # what `train` reads from
+    held_reads: Counted | None = None  # what `validation` reads from
     reading: dict[int, ReadStats] = field(
         default_factory=dict
     )  # by epoch, from 1; epochs that read nothing are left out
@@ -179,15 +181,26 @@ def build(
     begin = (0, 0)
     if checkpoint is not None:  # older ones count steps only
         begin = checkpoint.step, checkpoint.extra.get("seen", checkpoint.step * batch_size(config, plan))
-    kept = Kept(reads), Kept(validation)
-    job = Job(config, plan, rank, device, *kept, model, optimizer, split, reads, bad=tuple(bad), begin=begin)
+    held = Counted(validation)
+    kept = Kept(reads), Kept(held)
+    job = Job(config, plan, rank, device, *kept, model, optimizer, split, reads, held, bad=tuple(bad), begin=begin)
     return job, checkpoint
 
 
 def training_batch(job: Job, step: int) -> Batch:
     """The augmented batch of `step` (from 1): a function of seed, step and samples seen, whatever the plan."""
+    if job.reads is None or job.config.data.on_bad == "stop":
+        return _training_batch(job, step)
+    while (batch := agreed(job.reads, lambda: _training_batch(job, step), together=job.split)) is None:
+        pass
+    return batch
+
+
+def _training_batch(job: Job, step: int) -> Batch:
     config, at = job.config, job.at(step)
     indices: Sequence[int] = at.batch(batch_size(config, job.plan))
+    if job.reads is not None:
+        indices = replaced(indices, job.reads)
     source: VolumeSource = job.train
     drawn = recipe(config)
     if not drawn.is_nothing:
@@ -208,6 +221,15 @@ def note_reading(job: Job, step: int) -> None:
     if spent != ReadStats():
         epoch = job.at(step).epoch + 1
         job.reading[epoch] = job.reading.get(epoch, ReadStats()) + spent
+
+
+def held_out(job: Job, index: int) -> Batch | None:
+    """Held-out sample `index`; None if it cannot be read and such samples are to be left out. Collective then."""
+    if job.held_reads is None or job.config.data.on_bad == "stop":
+        return load(job, job.validation, [index])
+    if index in job.held_reads.left_out:
+        return None
+    return agreed(job.held_reads, lambda: load(job, job.validation, [index]), together=job.split)
 
 
 def load(job: Job, source: VolumeSource, indices: Sequence[int]) -> Batch:

@@ -48,12 +48,15 @@ def run(config: Config, run_dir: str, resume: bool = False, quiet: bool = False)
         with Display(config.train.steps, step, job.train.classes, quiet=quiet or job.rank > 0) as display:
             for line in outcome.resumed(saved, checkpoint, config, plan) if resume else []:
                 display.say(line)
-            for line in outcome.left_out(job):
-                display.say(line)
+            said = 0
             while step < config.train.steps and not stopped:
                 step += 1
                 fault_point(step)
                 record = _timed_step(job, step)
+                if (found := len(outcome.all_left_out(job))) > said:
+                    said = found
+                    for line in outcome.left_out(job):
+                        display.say(line)
                 if job.rank == 0:
                     rundir.append(path / rundir.STEPS, record)
                     display.step(record)

@@ -52,10 +52,17 @@ def resumed(saved: Path | None, checkpoint: Checkpoint | None, config: Config, p
 
 def left_out(job: Job) -> list[str]:
     """Lines for the user: how many samples `data.on_bad` = skip has left out, and why."""
-    if not job.bad:
+    reasons = all_left_out(job)
+    if not reasons:
         return []
-    kept = len(job.train.names) + len(job.validation.names)
-    return [f"data.on_bad = skip: {len(job.bad)} left out, {kept} samples kept", *(f"  {text}" for text in job.bad)]
+    kept = len(job.train.names) + len(job.validation.names) - (len(reasons) - len(job.bad))
+    return [f"data.on_bad = skip: {len(reasons)} left out, {kept} samples kept", *(f"  {text}" for text in reasons)]
+
+
+def all_left_out(job: Job) -> list[str]:
+    """Why samples were left out: before the run, and while it read. The same number on all ranks."""
+    counted = (job.reads, job.held_reads)
+    return [*job.bad, *(text for reads in counted if reads is not None for text in reads.left_out.values())]
 
 
 def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
@@ -85,7 +92,7 @@ def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> No
         "ranks": job.plan.ranks,
         "threads_per_rank": torch.get_num_threads(),
         "precision": config.train.precision,
-        "left_out": len(job.bad),
+        "left_out": len(all_left_out(job)),
         "read_bytes": sum(row["read_bytes"] for row in reading),
         "ideal_read_bytes": sum(row["ideal_read_bytes"] for row in reading),
         "parameters": sum(parameter.numel() for parameter in job.model.parameters()),

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from meshwright.models.losses import hard_dice
 from meshwright.parallel.tensor import is_mesh
 from meshwright.plan.plan import interval
-from meshwright.train.job import Job, load
+from meshwright.train.job import Job, held_out
 from meshwright.train.step import loss_of, predict
 
 _DIRECTIONS = "dhw"
@@ -25,7 +25,9 @@ def validate(job: Job) -> tuple[float, tuple[float, ...]]:
     losses, overlaps = [], []
     with _evaluating(job.model):
         for index in range(len(job.validation.names)):
-            batch = load(job, job.validation, [index])
+            batch = held_out(job, index)
+            if batch is None:
+                continue
             logits = predict(job, batch.image)
             losses.append(loss_of(job.config.train, logits, batch.label).item())
             overlaps.append(hard_dice(logits, batch.label).tolist())
@@ -40,11 +42,13 @@ def fullest_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
     Collective. Each rank fills in what it owns and the planes are summed, so that no rank ever holds the volume.
     """
     with _evaluating(job.model):
-        batch = load(job, job.validation, [0])
+        index, batch = next(
+            (index, batch) for index in range(len(job.validation.names)) if (batch := held_out(job, index)) is not None
+        )
         prediction = predict(job, batch.image).argmax(dim=1)
         if is_mesh(prediction) and is_mesh(batch.label):
             prediction = prediction.redistribute(placements=batch.label.placements)
-    shape, spacing = job.validation.shape(0), job.validation.spacing_mm(0)
+    shape, spacing = job.validation.shape(index), job.validation.spacing_mm(index)
     spans = interval((1, 1, *shape), job.plan, job.rank)  # of the first channel
     planes: dict[str, np.ndarray[Any, Any]] = {"shape": np.array(shape), "spacing_mm": np.array(spacing)}
     at = [_fullest(batch.label, dim) for dim in range(3)]
