@@ -15,12 +15,17 @@ import torch.distributed as dist
 from torch import Tensor
 
 import meshwright as mw
+from meshwright.data import transforms
+from meshwright.data.intensity import Linear, Noise
 from meshwright.data.moves import message_bytes
 from meshwright.data.owners import Owners
 from meshwright.data.packing import Packing
+from meshwright.data.rearrange import Crop, Flip, Roll, rotate90
 from meshwright.data.sampler import batch as batch_of
 from meshwright.data.source import Field
 from meshwright.data.store import Store
+from meshwright.data.transforms import Compose, Transform
+from meshwright.data.warp import Elastic
 from meshwright.errors import DataError, MeshwrightError
 from meshwright.train.memory import peak_bytes, reset_peak, resident_bytes
 
@@ -194,6 +199,56 @@ def memory_gained(plan_name: str, samples: int, edge: int, budget: int, folder: 
         for batch in store:
             assert int(batch["label"].max()) in batch.indices
     return peak_bytes(cpu) - before, store.peak_bytes
+
+
+def drawn(step: int, position: int, sample: int) -> Transform:
+    """Another augmentation for each sample of each step, all of one output size; boxes from everywhere."""
+    key = 100 * step + position
+    kinds: list[tuple[Transform, ...]] = [
+        (Flip(("depth", "width")),),
+        (Roll(("depth", "height"), (5, 3)), Noise(0.1, key)),
+        (rotate90(("depth", "width")), Linear(1.5, 0.25)),
+        (Elastic(spacing=6, amplitude=1, key=key), Flip(("height",))),
+        (),
+    ]
+    return Compose((*kinds[(step + 2 * position + sample) % len(kinds)], Crop((2, 1, 0), (9, 10, 12))))
+
+
+def serve_augmented(plan_name: str, reading: str | None, size: int, samples: int = 5) -> int:
+    """Augmented batches out of memory equal the whole sample, augmented and cut, bit for bit; the sum of reads."""
+    plan = mw.Plan.uniform(**PLANS[plan_name])
+    other = None if reading is None else mw.Plan.uniform(**PLANS[reading])
+    source, full = Numbers(((12, 12, 12),) * samples), (12, 12, 12)
+    steps = [batch_of(7, step, samples, size) for step in range(3 * samples)]
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    with Store(
+        source, plan, steps.__getitem__, budget_bytes=MANY, last=len(steps), reading=other, augment=drawn
+    ) as store:
+        for batch in store:
+            indices = steps[batch.step]
+            assert batch.shape == (size, 9, 10, 12)
+            rows, _, *spans = mw.interval((size, 1, 9, 10, 12), plan, rank)
+            for row, position in enumerate(range(size)[rows]):
+                whole = {n: v[0] for n, v in source.part(indices[position], [slice(0, n) for n in full]).items()}
+                transform = drawn(batch.step, position, indices[position])
+                volumes = ("image", "label")
+                out = [slice(0, n) for n in (9, 10, 12)]
+                want = transforms.build(
+                    transform,
+                    [
+                        {n: v[(..., *box)] if n in volumes else v for n, v in whole.items()}
+                        for box in transforms.source_spans(transform, out, full)
+                    ],
+                    out,
+                    full,
+                    volumes,
+                )
+                for name, value in want.items():
+                    cut = value[(..., *spans)] if name in volumes else value
+                    assert torch.equal(batch[name][row], cut), (rank, batch.step, position, name)
+            assert batch["image"].shape[0] == len(range(size)[rows])
+    assert max(source.reads.values(), default=0) <= 1, "each part is read once, whatever the augmentation"
+    return sum(source.reads.values())
 
 
 def train_until(fault_step: int, kind: str, where: str, bad: int | None = None, timeout_s: float = 60.0) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.data.owners import (
+    Box,
     Moves,
     Owners,
     Shape,
@@ -141,6 +143,40 @@ def test_a_voxel_stays_where_source_and_target_are_one_rank(run: tuple) -> None:
                 if piece.source != rank and place(owners.reading, rank)[0] == owners.owner(piece.sample):
                     held = owners.held(piece.sample, rank)
                     assert not intersections([held], [piece.box])
+
+
+@settings(max_examples=100, deadline=None)
+@given(runs(), st.integers(0, 99))
+def test_any_boxes_come_whole_and_once(run: tuple, seed: int) -> None:
+    """Augmented samples: what a rank needs of a sample is any number of boxes, empty ones among them."""
+    shapes, steps, plan, reading, _ = run
+    everyone = [Owners(shapes.__getitem__, plan, reading, views=True) for _ in range(plan.ranks)]
+    for number, indices in enumerate(steps):
+
+        def boxes_of(position: int, rank: int, number: int = number, indices: list[int] = indices) -> list[Box]:
+            draw = np.random.default_rng((seed, number, position, rank))
+            found = []
+            for _ in range(draw.integers(1, 4)):
+                edges = [sorted(draw.integers(0, size + 1, 2).tolist()) for size in shapes[indices[position]]]
+                found.append(box_of([slice(*edge) for edge in edges]))
+            return found
+
+        seen: list[Moves] = []
+        for rank, owners in enumerate(everyone):
+            owners.note(indices)
+            seen.append(owners.moves(number, indices, rank, boxes_of))
+            for j in seen[-1].positions:
+                for k, want in enumerate(boxes_of(j, rank)):
+                    count = np.zeros(sizes(want), int)
+                    for piece in seen[-1].arriving:
+                        if (piece.position, piece.part) == (j, k) and voxels(piece.box):
+                            held = owners.held(indices[j], piece.source)
+                            assert intersections([held], [piece.box]) == ((0, 0, piece.box),)
+                            count[spans_in(piece.box, want)] += 1
+                    assert (count == 1).all()
+                assert any(piece.position == j for piece in seen[-1].arriving)
+        got = Counter(p for moves in seen for p in moves.arriving if p.source != p.target)
+        assert Counter(p for moves in seen for p in moves.leaving) == got
 
 
 def test_the_owner_is_the_group_that_reads_first() -> None:

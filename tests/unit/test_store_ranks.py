@@ -9,7 +9,7 @@ import pytest
 import store_jobs
 from meshwright.cluster.launch import launch
 from meshwright.parallel.transport import VARIABLE
-from store_jobs import memory_gained, serve
+from store_jobs import memory_gained, serve, serve_augmented
 
 SAME = ((5, 4, 6),) * 7
 DIFFERENT = ((5, 4, 6), (3, 7, 2), (6, 1, 5), (1, 1, 1), (7, 6, 3))
@@ -83,3 +83,18 @@ def test_memory_stays_within_the_budget(plan: str, tmp_path: Path) -> None:
         assert gained <= 1.05 * budget, gained / budget
         assert gained >= 0.5 * budget, "or it measures nothing"
         assert counted <= budget
+
+
+@pytest.mark.parametrize(
+    ("ranks", "plan", "reading", "size"),
+    [
+        (1, "one", None, 2),
+        (2, "d2", None, 1),
+        (2, "n2", None, 3),
+        (4, "n2d2", None, 2),
+        (4, "d4", "n4", 3),
+        (4, "h2w2", "n2d2", 1),
+    ],
+)
+def test_augmented_samples_come_out_of_memory(ranks: int, plan: str, reading: str | None, size: int) -> None:
+    launch(serve_augmented, ranks, (plan, reading, size), timeout_s=60)

@@ -12,9 +12,10 @@ from torch import Tensor
 from meshwright.data import moves as messages
 from meshwright.data.buffers import buffer, empty
 from meshwright.data.moves import Exchange
-from meshwright.data.owners import Moves, Owners, Piece, Shape, sizes
+from meshwright.data.owners import Box, Moves, Owners, Piece, Shape, cell, sizes
 from meshwright.data.packing import Packing, field_bytes, within
 from meshwright.data.source import Field
+from meshwright.data.store_views import Augment, Views
 from meshwright.errors import DataError, ExchangeError
 
 ByPeer = dict[int, list[Piece]]
@@ -56,12 +57,14 @@ class Step:
     """A step under way. `parts` fills up until nothing of `missing` is left; `error` is the first thing that failed."""
 
     moves: Moves
+    shape: Shape  # of its samples, augmented
     arriving: ByPeer
     leaving: ByPeer
     reserved_bytes: int
     batch_bytes: int
     largest_bytes: int  # of the parts it reads, if they must come from the source
     missing: set[int]
+    views: Views | None
     parts: dict[int, Tensor] = field(default_factory=dict)
     error: BaseException | None = None
     read_s: float = 0.0
@@ -71,9 +74,16 @@ class Delivery:
     """What a rank needs to know to serve its steps; pure but for `load` and `swap`."""
 
     def __init__(
-        self, source: Readable, owners: Owners, rank: int, order: Callable[[int], Sequence[int]], pinned: bool
+        self,
+        source: Readable,
+        owners: Owners,
+        rank: int,
+        order: Callable[[int], Sequence[int]],
+        augment: Augment | None,
+        pinned: bool,
     ) -> None:
         self.source, self.owners, self.rank, self.order, self.pinned = source, owners, rank, order, pinned
+        self.augment = augment
         self.packing = Packing(source.fields)
         self.sent_bytes = self.received_bytes = self.messages = 0
 
@@ -83,18 +93,25 @@ class Delivery:
         Raises `DataError` for samples of several sizes. Called in the order of the steps.
         """
         indices = tuple(self.order(number))
-        self._see_one_size(number, indices)
+        views = None if self.augment is None else Views(self.augment, number, indices, self.source.shape, self.owners)
+        shapes = [self.source.shape(sample) for sample in indices] if views is None else views.shapes
+        self._see_one_size(number, indices, shapes)
         self.owners.note(indices)
-        moves = self.owners.moves(number, indices, self.rank)
+        moves = self.owners.moves(number, indices, self.rank, None if views is None else views.boxes)
         served = moves.samples_served(self.rank)
         part_bytes = [self.nbytes(sample) for sample in served]
-        wanted = [sizes(self.owners.wanted(indices[j], self.rank)) for j in moves.positions]
-        batch_bytes = sum(field_bytes(f, box) for box in wanted for f in self.packing.fields.values())
+        wanted = [sizes(cell(self.owners.plan, shapes[0], self.rank, self.owners.halo)) for _ in moves.positions]
+        fields = self.packing.fields.values()
+        batch_bytes = sum(field_bytes(f, box) for box in wanted for f in fields)
+        before = [box for j in moves.positions for box in views.boxes(j, self.rank)] if views is not None else []
         arriving, leaving = (self._by_peer(pieces) for pieces in (moves.arriving, moves.leaving))
         inward, outward = (sum(map(self._message_bytes, peers.values())) for peers in (arriving, leaving))
         # a message lies in memory twice: packed, and what is shared with the other rank
         reserved = sum(part_bytes) + batch_bytes + 2 * (inward + outward)
-        return Step(moves, arriving, leaving, reserved, batch_bytes, max(part_bytes, default=0), set(served))
+        if views is not None:  # what augmentation is made from, and once more what it makes
+            reserved += sum(field_bytes(f, sizes(box)) for box in before for f in fields) + batch_bytes
+        largest = max(part_bytes, default=0)
+        return Step(moves, shapes[0], arriving, leaving, reserved, batch_bytes, largest, set(served), views)
 
     def nbytes(self, sample: int) -> int:
         """The bytes that this rank keeps of a sample, if it keeps it."""
@@ -148,23 +165,44 @@ class Delivery:
 
     def batch(self, step: Step, arrived: Mapping[Piece, Tensor]) -> Batch:
         """This rank's batch, of what it keeps and what has arrived: new tensors, pinned where a GPU is to get them."""
-        moves = step.moves
-        want = self.owners.wanted(moves.indices[0], self.rank)
+        moves, want = step.moves, cell(self.owners.plan, step.shape, self.rank, self.owners.halo)
         fields = {
             name: self._room((len(moves.positions), *f.shape(sizes(want))), f.dtype)
             for name, f in self.packing.fields.items()
         }
-        for piece in moves.arriving:
+        for row, position in enumerate(moves.positions):
+            pieces = [piece for piece in moves.arriving if piece.position == position]
+            rows = {name: value[row] for name, value in fields.items()}
+            if step.views is None:
+                self._fill(rows, want, step, pieces, arrived)
+                continue
+            boxes = step.views.boxes(position, self.rank)
+            parts = [{n: empty(f.shape(sizes(b)), f.dtype) for n, f in self.packing.fields.items()} for b in boxes]
+            for k, (part, box) in enumerate(zip(parts, boxes, strict=True)):
+                self._fill(part, box, step, [piece for piece in pieces if piece.part == k], arrived)
+            volumes = [name for name, f in self.packing.fields.items() if "D" in f.layout]
+            for name, value in step.views.built(position, parts, want, volumes).items():
+                rows[name].copy_(value)
+        return Batch(moves.step, moves.indices, (len(moves.indices), *step.shape), fields)
+
+    def _fill(
+        self,
+        fields: Mapping[str, Tensor],
+        box: Box,
+        step: Step,
+        pieces: Sequence[Piece],
+        arrived: Mapping[Piece, Tensor],
+    ) -> None:
+        """Copy pieces to where they belong in tensors that hold `box`."""
+        for piece in pieces:
             if piece.source != self.rank and piece not in arrived:
                 continue  # a piece of no bytes
             packed = self._cut(step, piece) if piece.source == self.rank else arrived[piece]
-            views, row = self.packing.views(packed, sizes(piece.box)), piece.position - moves.positions.start
+            views = self.packing.views(packed, sizes(piece.box))
             for name, f in self.packing.fields.items():
-                fields[name][row][within(f, piece.box, want)].copy_(views[name])
-        return Batch(moves.step, moves.indices, (len(moves.indices), *self.source.shape(moves.indices[0])), fields)
+                fields[name][within(f, piece.box, box)].copy_(views[name])
 
-    def _see_one_size(self, number: int, indices: Sequence[int]) -> None:
-        shapes = [self.source.shape(sample) for sample in indices]
+    def _see_one_size(self, number: int, indices: Sequence[int], shapes: Sequence[Shape]) -> None:
         for sample, shape in zip(indices, shapes, strict=True):
             if shape != shapes[0]:
                 raise DataError(

@@ -21,6 +21,7 @@ from meshwright.plan.plan import Plan, interval
 
 Box = tuple[Interval, Interval, Interval]
 Shape = tuple[int, int, int]
+BoxesOf = Callable[[int, int], Sequence[Box]]  # (position in the batch, rank) → what the rank needs of that sample
 
 
 def box_of(spans: Sequence[slice]) -> Box:
@@ -94,13 +95,18 @@ def cell(plan: Plan, shape: Shape, rank: int, halo: Shape = (0, 0, 0)) -> Box:
 
 @dataclass(frozen=True)
 class Piece:
-    """The `box` of `sample`, number `position` of the step's batch, which rank `target` needs and `source` keeps."""
+    """The `box` of `sample`, number `position` of the step's batch, which rank `target` needs and `source` keeps.
+
+    It belongs to number `part` of the boxes that the target needs of the sample; there is one unless samples are
+    augmented.
+    """
 
     position: int
     sample: int
     source: int
     target: int
     box: Box
+    part: int = 0
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,7 @@ class Owners:
 
     `plan` says which rank needs what, `reading` (default: the same) which rank reads and keeps what; both over the
     same ranks. `halo` widens what is needed. Where a batch does not divide evenly, groups keep unevenly many samples.
+    With `views`, what a rank needs of a sample is said step by step (`moves(…, boxes_of)`), and may be any boxes.
     """
 
     def __init__(
@@ -133,16 +140,17 @@ class Owners:
         plan: Plan,
         reading: Plan | None = None,
         halo: Shape = (0, 0, 0),
+        views: bool = False,
     ) -> None:
         self.plan, self.reading, self.halo = plan, reading or plan, halo
         self._shape_of = shape_of
-        self._same = self.reading == plan
+        self._same = self.reading == plan and not views
         self._owner: dict[int, int] = {}
 
     @property
     def moves_nothing(self) -> bool:
-        """Whether no step can ever move anything: one layout and a single sample group."""
-        return self._same and len(groups(self.plan)) == 1
+        """Whether no step can ever move anything: a single rank, or one layout and a single sample group."""
+        return self.plan.ranks == 1 or (self._same and len(groups(self.plan)) == 1)
 
     @property
     def circles(self) -> tuple[tuple[int, ...], ...]:
@@ -171,33 +179,37 @@ class Owners:
             for sample in indices[span.lo : span.hi]:
                 self._owner.setdefault(sample, coordinate)
 
-    def moves(self, step: int, indices: Sequence[int], rank: int) -> Moves:
+    def moves(self, step: int, indices: Sequence[int], rank: int, boxes_of: BoxesOf | None = None) -> Moves:
         """What `rank` gets and gives in a step whose samples have been noted."""
         parts = len(groups(self.plan))
         mine, leaving = chunk(len(indices), parts, place(self.plan, rank)[0]), []
-        arriving = [piece for j in range(mine.lo, mine.hi) for piece in self._pieces(j, indices[j], rank)]
+        arriving = [piece for j in range(mine.lo, mine.hi) for piece in self._pieces(j, indices[j], rank, boxes_of)]
         for coordinate in range(parts):
             span = chunk(len(indices), parts, coordinate)
             for j in range(span.lo, span.hi):
-                leaving += self._given(j, indices[j], coordinate, rank)
+                leaving += self._given(j, indices[j], coordinate, rank, boxes_of)
         return Moves(step, tuple(indices), range(mine.lo, mine.hi), tuple(arriving), tuple(leaving))
 
-    def _pieces(self, position: int, sample: int, target: int) -> list[Piece]:
-        """Where `target` gets its box from."""
-        want, holders = self.wanted(sample, target), groups(self.reading)[self._owner[sample]]
+    def _pieces(self, position: int, sample: int, target: int, boxes_of: BoxesOf | None) -> list[Piece]:
+        """Where `target` gets its boxes from."""
+        holders = groups(self.reading)[self._owner[sample]]
         if self._same:
+            want = self.wanted(sample, target)
             return [Piece(position, sample, holders[place(self.plan, target)[1]], target, want)]
-        if not voxels(want):  # nothing of the volume, yet the fields that are no volume
-            return [Piece(position, sample, holders[0], target, want)]
+        wanted = [self.wanted(sample, target)] if boxes_of is None else boxes_of(position, target)
         held = [self.held(sample, rank) for rank in holders]
-        return [Piece(position, sample, holders[s], target, box) for s, _, box in intersections(held, [want])]
+        found = [Piece(position, sample, holders[s], target, box, k) for s, k, box in intersections(held, wanted)]
+        if not voxels(wanted[0]):  # nothing of the volume, yet the fields that are no volume come with the first box
+            found.insert(0, Piece(position, sample, holders[0], target, wanted[0]))
+        return found
 
-    def _given(self, position: int, sample: int, coordinate: int, source: int) -> list[Piece]:
+    def _given(self, position: int, sample: int, coordinate: int, source: int, boxes_of: BoxesOf | None) -> list[Piece]:
         """What `source` gives to the ranks of a sample coordinate other than itself."""
         owner, index = place(self.reading, source)
         if owner != self._owner[sample]:
             return []
         targets = groups(self.plan)[coordinate]
         near = [targets[index]] if self._same else targets
-        pieces = (piece for target in near if target != source for piece in self._pieces(position, sample, target))
+        others = (target for target in near if target != source)
+        pieces = (piece for target in others for piece in self._pieces(position, sample, target, boxes_of))
         return [piece for piece in pieces if piece.source == source]

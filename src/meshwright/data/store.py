@@ -28,6 +28,7 @@ from meshwright.data.moves import Exchange
 from meshwright.data.owners import Owners, Shape
 from meshwright.data.pipeline import Pipeline, PipelineStats
 from meshwright.data.spill import Spill
+from meshwright.data.store_views import Augment
 from meshwright.errors import ConfigError
 from meshwright.plan.plan import Plan
 
@@ -39,7 +40,8 @@ class Store:
 
     Collective: all ranks of `plan` make it alike, ask for the same steps and close it. `order(step)` gives the samples
     of a step's whole batch, equal on all ranks. `reading` says which rank reads and keeps what (default: `plan`);
-    `halo` widens each rank's box (D, H, W). `budget_bytes` holds for everything the store keeps and carries on this
+    `halo` widens each rank's box (D, H, W); `augment` gives the transform of each sample of a step, equal on all ranks,
+    which is then made from what the ranks keep. `budget_bytes` holds for everything the store keeps and carries on this
     rank. `spill` names a folder on local disk for what does not fit; None: it is read again. `ahead` and `workers`
     limit and fix the reading ahead; by default the number of threads is tuned. `timeout_s` limits each exchange.
 
@@ -57,6 +59,7 @@ class Store:
         last: int | None = None,
         reading: Plan | None = None,
         halo: Shape = (0, 0, 0),
+        augment: Augment | None = None,
         spill: str | Path | None = None,
         ahead: int = MOST_AHEAD,
         workers: int | None = None,
@@ -70,12 +73,12 @@ class Store:
         if budget_bytes < 1 or (workers is not None and workers < 1):
             raise ConfigError(f"budget_bytes = {budget_bytes}, workers = {workers}: at least 1 is needed")
         self.plan, self.rank = plan, dist.get_rank() if plan.ranks > 1 else 0
-        self.owners = Owners(source.shape, plan, reading, halo)
+        self.owners = Owners(source.shape, plan, reading, halo, views=augment is not None)
         epoch = -(-len(source.names) // max(1, len(order(first))))
         uses = Uses(order, first, last, 2 * epoch + 1)
         self._cache = Cache(budget_bytes, uses, None if spill is None else Spill(spill))
         on_gpu = device is not None and device.type == "cuda"
-        delivery = Delivery(source, self.owners, self.rank, order, pinned=on_gpu)
+        delivery = Delivery(source, self.owners, self.rank, order, augment, pinned=on_gpu)
         exchange = None
         if not self.owners.moves_nothing:
             exchange = Exchange(self.owners.circles, self.rank, exchange_timeout_s(timeout_s))
