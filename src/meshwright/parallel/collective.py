@@ -27,7 +27,7 @@ _OPERATIONS = {
     "min": dist.ReduceOp.MIN,
     "product": dist.ReduceOp.PRODUCT,
 }
-_FOLDS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+_FOLDS: dict[str, Callable[..., torch.Tensor]] = {
     "sum": torch.add,
     "max": torch.maximum,
     "min": torch.minimum,
@@ -43,8 +43,8 @@ def summed_bytes(nbytes: int, ranks: int) -> int:
 class Sum:
     """The sum (or "max", "min", "product") of contiguous 1-D `flat` over a group, under way; `flat` becomes it.
 
-    Two ranks swap all they have; more send each owner its chunk and get the owners' sums back, on `lane` of the
-    group's channels. `flat` must be left alone until `wait` returns.
+    Two ranks swap all they have and add the other's from its memory to their own; more send each owner its chunk and
+    get the owners' sums back, on `lane` of the group's channels. `flat` must be left alone until `wait` returns.
     """
 
     def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup, op: str = "sum", lane: int = 0) -> None:
@@ -52,20 +52,20 @@ class Sum:
         self._work: dist.Work | None = None
         self._back: Transfer | None = None
         self._folded = False
+        self._theirs: dict[int, torch.Tensor] = {}
         if flat.device.type != "cpu" or not channels(group):
             self._work = dist.all_reduce(flat, _OPERATIONS[op], group=group, async_op=True)
             return
-        ranks, me = dist.get_world_size(group), dist.get_rank(group)
-        self._me = me
+        ranks, self._me = dist.get_world_size(group), dist.get_rank(group)
         if ranks == 2:
-            self._spans = {0: flat, 1: flat}
-        else:
-            spans = (chunk(flat.numel(), ranks, rank) for rank in range(ranks))
-            self._spans = {rank: flat.narrow(0, span.lo, span.size) for rank, span in enumerate(spans)}
-        peers = [rank for rank in range(ranks) if rank != me]
-        self._theirs = {peer: torch.empty_like(self._spans[me]) for peer in peers}
-        sends = [(peer, self._spans[peer]) for peer in peers]
-        self._out = Transfer(group, sends, list(self._theirs.items()))
+            peer = 1 - self._me
+            self._out = Transfer(group, [(peer, flat)], [(peer, flat)], fold=_FOLDS[op])
+            return
+        spans = (chunk(flat.numel(), ranks, rank) for rank in range(ranks))
+        self._spans = [flat.narrow(0, span.lo, span.size) for span in spans]
+        peers = [rank for rank in range(ranks) if rank != self._me]
+        self._theirs = {peer: torch.empty_like(self._spans[self._me]) for peer in peers}
+        self._out = Transfer(group, [(peer, self._spans[peer]) for peer in peers], list(self._theirs.items()))
 
     def fold(self, wait: bool = True) -> bool:
         """Add up what has arrived and send it on; whether that has been done. Without `wait` only if all is here."""
@@ -74,18 +74,18 @@ class Sum:
         if not (wait or self._out.is_complete()):
             return False
         self._out.wait()
-        mine, parts = self._spans[self._me], self._theirs
-        if mine.numel():
-            wide = torch.float32 if mine.dtype in _HALF and len(parts) > 1 else mine.dtype
-            values = [parts.get(rank, mine).to(wide) for rank in range(len(parts) + 1)]
-            total = values[0]
-            for value in values[1:]:
-                total = _FOLDS[self._op](total, value)
+        self._folded = True
+        if self._theirs:
+            mine = self._spans[self._me]
+            wide = torch.float32 if mine.dtype in _HALF else mine.dtype
+            values = [self._theirs.get(rank, mine).to(wide) for rank in range(len(self._spans))]
+            total = _FOLDS[self._op](values[0], values[1])
+            for value in values[2:]:
+                _FOLDS[self._op](total, value, out=total)
             mine.copy_(total)
-        if len(parts) > 1:
-            receives = [(peer, self._spans[peer]) for peer in parts]
-            self._back = Transfer(self._group, [(peer, mine) for peer in parts], receives, self._lane)
-        self._folded, self._theirs = True, {}
+            receives = [(peer, self._spans[peer]) for peer in self._theirs]
+            self._back = Transfer(self._group, [(peer, mine) for peer in self._theirs], receives, self._lane)
+            self._theirs = {}
         return True
 
     def is_complete(self) -> bool:

@@ -16,7 +16,9 @@ import threading
 import time
 import weakref
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -37,6 +39,13 @@ class _Slot:
     busy: bool = False
 
 
+class _Expected(NamedTuple):
+    """Where a piece goes: it is copied into `buffer`, or `fold(buffer, piece, out=buffer)` takes it in."""
+
+    buffer: torch.Tensor
+    fold: Callable[..., object] | None
+
+
 @dataclass(eq=False)
 class Channel:
     """The way to and from one neighbour, process `pid`: bells and acknowledgements are ends of pipes."""
@@ -49,7 +58,7 @@ class Channel:
     _slots: list[_Slot] = field(default_factory=list)
     _made: int = 0
     _theirs: dict[int, torch.Tensor] = field(default_factory=dict)  # the neighbour's slots by number
-    _expected: deque[torch.Tensor] = field(default_factory=deque)  # buffers in the order of the pieces to come
+    _expected: deque[_Expected] = field(default_factory=deque)  # in the order of the pieces to come
     _thread: int = 0  # who uses it now
 
     def __post_init__(self) -> None:
@@ -71,10 +80,10 @@ class Channel:
         except OSError as error:
             raise RuntimeError(f"process {self.pid} takes no more pieces ({error})") from error
 
-    def expect(self, buffer: torch.Tensor) -> None:
-        """The next piece but those expected already is for `buffer` (contiguous)."""
+    def expect(self, buffer: torch.Tensor, fold: Callable[..., object] | None = None) -> None:
+        """The next piece but those expected already is for `buffer` (contiguous): copied there, or folded into it."""
         self._thread = threading.get_ident()
-        self._expected.append(buffer)
+        self._expected.append(_Expected(buffer, fold))
 
     def receive(self, buffer: torch.Tensor, limit_s: float) -> None:
         """Wait until an expected `buffer` is filled; earlier ones are filled first.
@@ -88,7 +97,7 @@ class Channel:
 
     def expects(self, buffer: torch.Tensor) -> bool:
         """Whether `buffer` is still to be filled."""
-        return any(buffer is other for other in self._expected)
+        return any(buffer is other.buffer for other in self._expected)
 
     def take_arrived(self) -> None:
         """Fill the expected buffers whose pieces are here, without waiting for others."""
@@ -99,7 +108,7 @@ class Channel:
 
     def _take(self) -> None:
         """Fill the first expected buffer with the piece that is here."""
-        buffer = self._expected.popleft()
+        buffer, fold = self._expected.popleft()
         token = os.read(self.bell_in, _TOKEN.size)
         if not token:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended")
@@ -113,7 +122,11 @@ class Channel:
                 memory = _mapped(os.open(f"/proc/{self.pid}/fd/{file}", os.O_RDWR), size, close=True)
                 if size <= LARGEST_KEPT_BYTES:
                     self._theirs[number] = memory
-            buffer.copy_(memory[:nbytes].view(buffer.dtype).view(buffer.shape))
+            piece = memory[:nbytes].view(buffer.dtype).view(buffer.shape)
+            if fold is None:
+                buffer.copy_(piece)
+            else:
+                fold(buffer, piece, out=buffer)
             os.write(self.ack_out, _ACK.pack(number))
         except OSError as error:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended ({error})") from error

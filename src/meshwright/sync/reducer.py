@@ -43,7 +43,7 @@ class _Flight:
         self.parameters, self.axes = parameters, axes
         self.mesh = parameters[0].grad._spec.mesh
         self.held = [p.grad._local_tensor for p in parameters]
-        self.flat = torch.cat([local.reshape(-1) for local in self.held])
+        self.flat, self.views = _flattened(parameters, self.held)
         world, own_mesh = reduction_groups(self.mesh)
         if len(axes) == self.mesh.ndim:  # every rank of the job: one all-reduce instead of one per axis
             self.stages = [(world, self.mesh.size())]
@@ -63,26 +63,56 @@ class _Flight:
         self.work.wait()
         for stage in self.stages[1:]:
             self._start(*stage).wait()
-        at = 0
-        for p, held in zip(self.parameters, self.held, strict=True):
+        for p, held, local in zip(self.parameters, self.held, self.views, strict=True):
             grad = p.grad
             if grad is None or grad._local_tensor is not held:
                 raise UnsupportedError(
                     f"a hook changed the gradient of a parameter of shape {tuple(p.shape)} while its sum was "
                     "under way; use p.register_hook, which sees the gradient before, or change it after backward()"
                 )
-            size = grad._local_tensor.numel()
-            local = self.flat[at : at + size].view(grad._local_tensor.shape)
-            at += size
             placements = tuple(
                 REPLICATE if axis in self.axes else place for axis, place in enumerate(grad._spec.placements)
             )
             shape = tuple(grad._spec.shape)
             grad._spec = spec_of(self.mesh, placements, shape, grad._spec.tensor_meta.stride, local.dtype)
-            if local.stride() == grad._local_tensor.stride():
+            if local.stride() == held.stride():
                 grad._local_tensor = local
             else:
-                grad._local_tensor = grad._local_tensor.clone().copy_(local)
+                grad._local_tensor = held.clone().copy_(local)
+
+
+def _flattened(parameters: list[Any], grads: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Gradients one behind the other, and each of them as a view of that.
+
+    In the memory order of the parameters, which is the same on all ranks: that of gradients depends on the kernels
+    that a rank's part got. A single gradient that lies so is summed where it is.
+    """
+    orders = [
+        p._local_tensor.stride() if _is_dense(p._local_tensor) and p._local_tensor.shape == grad.shape else None
+        for p, grad in zip(parameters, grads, strict=True)
+    ]
+    if len(grads) == 1 and grads[0].stride() == orders[0]:
+        return grads[0].as_strided((grads[0].numel(),), (1,)), [grads[0]]
+    flat = grads[0].new_empty(sum(grad.numel() for grad in grads))
+    views, at = [], 0
+    for grad, order in zip(grads, orders, strict=True):
+        piece = flat[at : at + grad.numel()]
+        view = piece.view(grad.shape) if order is None else piece.as_strided(grad.shape, order)
+        views.append(view.copy_(grad))
+        at += grad.numel()
+    return flat, views
+
+
+def _is_dense(t: torch.Tensor) -> bool:
+    """Whether the elements of `t` fill its memory without gaps or overlap."""
+    expected = 1
+    for size, stride in sorted(zip(t.shape, t.stride(), strict=True), key=lambda entry: entry[1]):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
 
 
 def _as_summand(grad: Any) -> None:
