@@ -240,6 +240,30 @@ def test_a_codec_that_could_run_code_is_refused_before_it_is_asked(tmp_path: Pat
         open_array(where)
 
 
+def test_numbers_that_hdf5_stores_in_its_own_way(tmp_path: Path) -> None:
+    whole = np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    box = (slice(0, 2), slice(1, 3), slice(0, 4))
+    with h5py.File(tmp_path / "own.h5", "w", userblock_size=1024) as file:
+        kind = h5py.h5t.STD_I16LE.copy()  # 12 bits, in the upper part of the word
+        kind.set_precision(12)
+        kind.set_offset(4)
+        space = h5py.h5s.create_simple(whole.shape)
+        h5py.Dataset(h5py.h5d.create(file.id, b"packed", kind, space))[...] = whole
+        file["behind a user block"], file["bool"] = whole.astype(">i2"), whole > 7
+        layout = h5py.VirtualLayout(whole.shape, whole.dtype)
+        layout[...] = h5py.VirtualSource(".", "behind a user block", whole.shape)
+        file.create_virtual_dataset("virtual", layout)
+        file.create_dataset("never written", whole.shape, "i2", fillvalue=5)
+    for name, expected in (
+        ("packed", whole),
+        ("behind a user block", whole),
+        ("bool", whole > 7),
+        ("virtual", whole),
+        ("never written", np.full_like(whole, 5)),
+    ):
+        np.testing.assert_array_equal(open_array(f"{tmp_path}/own.h5::{name}").read(box)[0], expected[box], name)
+
+
 def test_a_dataset_is_named_or_the_only_one(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "two.h5", "w") as file:
         file["a"], file["b/c"] = np.zeros(SHAPE), np.ones(SHAPE)

@@ -95,6 +95,14 @@ def datasets(path: Path) -> tuple[str, ...]:
     return retried(once, path)
 
 
+def _lies_plain(item: Any) -> bool:
+    """Whether the bytes in the file are numpy's: one block in this file, and numbers that use all of their bits."""
+    module = h5py()
+    numpys = bool(module.h5t.py_create(item.dtype, logical=True) == item.id.get_type())
+    written = item.id.get_space_status() == module.h5d.SPACE_STATUS_ALLOCATED  # else get_offset may say anything
+    return numpys and written and item.chunks is None and not item.external and not item.is_virtual
+
+
 def open_hdf5(path: Path, dataset: str) -> RawArray | ChunkedDataset:
     """Open `dataset` of a file, reading no data. Raises `DataError` for what is missing, damaged, or no numbers."""
     name = f"{path}::{dataset}"
@@ -108,7 +116,7 @@ def open_hdf5(path: Path, dataset: str) -> RawArray | ChunkedDataset:
             shape, dtype = tuple(int(size) for size in item.shape or ()), item.dtype
             see_numbers(name, dtype, shape)
             spacing = spacing_of(item.attrs, name)
-            offset = item.id.get_offset() if item.chunks is None and not item.external and not item.is_virtual else None
+            offset = item.id.get_offset() if _lies_plain(item) else None
             if offset is None:
                 return ChunkedDataset(path, dataset, shape, dtype, item.chunks, spacing)
             return RawArray(path, shape, dtype, int(offset), label=name, spacing_mm=spacing)
