@@ -229,6 +229,16 @@ def test_a_codec_that_could_run_code_is_refused_before_it_is_asked(tmp_path: Pat
     (where / ".zarray").write_text(json.dumps({**metadata, "filters": [{"id": "pickle", "protocol": 5}]}))
     with pytest.raises(DataError, match=r"old.zarr: codec 'pickle' is not read here"):
         open_array(where)
+    both = Path(FORMATS["Zarr 3"](tmp_path / "both", np.zeros(SHAPE, np.int16)))
+    (both / ".zarray").write_bytes((where / ".zarray").read_bytes())
+    with pytest.raises(DataError, match=r"both.zarr: codec 'pickle' is not read here"):
+        open_array(both)
+    (both / ".zarray").write_text(json.dumps(metadata))
+    newer = json.loads((both / "zarr.json").read_text())
+    newer["codecs"].append({"name": "numcodecs.pickle"})
+    (both / "zarr.json").write_text(json.dumps(newer))
+    with pytest.raises(DataError, match=r"both.zarr: codec 'numcodecs.pickle' is not read here"):
+        open_array(both)
     where = Path(FORMATS["Zarr 3 sharded"](tmp_path / "new", np.zeros(SHAPE, np.int16)))
     metadata = json.loads((where / "zarr.json").read_text())
     metadata["codecs"][0]["configuration"]["codecs"].append({"name": "vlen-bytes"})

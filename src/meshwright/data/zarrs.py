@@ -69,14 +69,14 @@ def is_array(path: Path) -> bool:
     """Whether `path` is the folder of an array (of a group it is not)."""
     if (path / ".zarray").is_file():
         return True
-    return (path / "zarr.json").is_file() and _metadata(path).get("node_type") == "array"
+    return (path / "zarr.json").is_file() and _metadata(path / "zarr.json").get("node_type") == "array"
 
 
 def is_group(path: Path) -> bool:
     """Whether `path` is the folder of a group."""
     if (path / ".zgroup").is_file():
         return True
-    return (path / "zarr.json").is_file() and _metadata(path).get("node_type") == "group"
+    return (path / "zarr.json").is_file() and _metadata(path / "zarr.json").get("node_type") == "group"
 
 
 def arrays(path: Path) -> tuple[str, ...]:
@@ -91,7 +91,9 @@ def open_zarr(path: Path) -> ZarrArray:
     if not is_array(path):
         inside = ", ".join(arrays(path)) if is_group(path) else ""
         raise DataError(f"{path}: not a Zarr array" + (f"; this group has: {inside}" if inside else ""))
-    wrong = [name for name in _codecs(_metadata(path)) if name.removeprefix("numcodecs.") not in CODECS]
+    files = [file for file in (path / ".zarray", path / "zarr.json") if file.is_file()]  # zarr chooses between both
+    named = [name for file in files for name in _codecs(_metadata(file))]
+    wrong = [name for name in named if name.removeprefix("numcodecs.") not in CODECS]
     if wrong:
         raise DataError(
             f"{path}: codec {wrong[0]!r} is not read here: it is not one that only decodes numbers; write the array "
@@ -119,8 +121,7 @@ def _guarded(path: Path, read: Any) -> Any:
         raise DataError(f"{path}: truncated or damaged: {type(error).__name__}: {error}. Fetch it again.") from error
 
 
-def _metadata(path: Path) -> Mapping[str, Any]:
-    file = path / ".zarray" if (path / ".zarray").is_file() else path / "zarr.json"
+def _metadata(file: Path) -> Mapping[str, Any]:
     try:
         raw = json.loads(retried(lambda: file.read_text(encoding="utf-8"), file))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
