@@ -136,7 +136,10 @@ class Delivery:
             raise DataError(f"rank {self.rank}: sample {self._named([sample])}: {kind}{error}") from error
 
     def swap(self, step: Step, exchange: Exchange) -> dict[Piece, Tensor]:
-        """The packed pieces from other ranks. All messages are exchanged, even where one of them says no."""
+        """The packed pieces from other ranks; `step.error` where one of them says no. All messages are exchanged.
+
+        Raises `ExchangeError` when a rank does not answer; nothing can be exchanged any more then.
+        """
         number, sends = step.moves.step, {}
         if step.error is None:
             try:
@@ -154,7 +157,12 @@ class Delivery:
         arrived: dict[Piece, Tensor] = {}
         for peer, pieces in step.arriving.items():
             where = f"{self._place(number, pieces)} from rank {peer}"
-            arrived |= dict(zip(pieces, messages.read(self.packing, pieces, number, buffers[peer], where), strict=True))
+            try:
+                parts = messages.read(self.packing, pieces, number, buffers[peer], where)
+            except (DataError, ExchangeError) as error:  # this step is lost, yet the exchange goes on
+                step.error = step.error or error
+            else:
+                arrived |= dict(zip(pieces, parts, strict=True))
         return arrived
 
     def decline(self, step: Step, exchange: Exchange, words: str) -> None:
