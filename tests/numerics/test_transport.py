@@ -142,13 +142,13 @@ def sums_and_gathers() -> bool:
             every = torch.stack([_numbers(rank, size, dtype) for rank in range(ranks)])
             for op, fold in FOLDS.items():
                 flat = every[me].clone()
-                Sum(flat, group, op).wait()
+                Sum([flat[: size // 2], flat[size // 2 :]], group, op).wait()
                 assert torch.allclose(flat, fold(every, 0).to(dtype)), (dtype, size, op)
             out = torch.empty_like(every)
             Gather(every[me].clone(), out, group).wait()
             assert torch.equal(out, every), (dtype, size)
     halves = torch.full((3,), 1.0 if me else 256.0, dtype=torch.bfloat16)  # one by one in bf16, no 1 would count
-    Sum(halves, group).wait()
+    Sum([halves], group).wait()
     assert not used or halves.tolist() == [float(torch.tensor(255.0 + ranks).bfloat16())] * 3
     return used
 
@@ -169,7 +169,7 @@ def sums_under_way() -> bool:
     posted, queue = [], SumQueue()
     for number in range(98):
         flat = torch.full((1000 + number,), float(number * (me + 1)))
-        posted.append((number, flat, Sum(flat, group, lane=1)))
+        posted.append((number, flat, Sum([flat], group, lane=1)))
         queue.add(posted[-1][2])
         if number % 7 == me:
             dist.barrier(late)  # ranks run ahead of each other by turns

@@ -7,7 +7,7 @@ collectives, if they are not made of pieces. Any other way out of a rank is an e
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -53,9 +53,9 @@ def watched() -> Iterator[Wire]:
     wire = Wire()
     send, batch, reduce = Channel.send, dist.batch_isend_irecv, dist.all_reduce
 
-    def piece(channel: Channel, tensor: Tensor, *args: Any, **kwargs: Any) -> None:
-        wire.pieces.append(_nbytes(tensor))
-        send(channel, tensor, *args, **kwargs)
+    def piece(channel: Channel, parts: Sequence[Tensor], *args: Any, **kwargs: Any) -> None:
+        wire.pieces.append(sum(map(_nbytes, parts)))
+        send(channel, parts, *args, **kwargs)
 
     def messages(operations: Any) -> Any:
         wire.pieces += [_nbytes(o.tensor) for o in operations if o.op is dist.isend]

@@ -92,7 +92,7 @@ class Exchange:
     """A group, or shared memory, between the ranks of a circle (`Owners.circles`). Collective over all ranks."""
 
     def __init__(self, circles: Sequence[Sequence[int]], rank: int, timeout_s: float) -> None:
-        self._timeout_s = timeout_s
+        self._timeout_s, self._failed = timeout_s, False
         self._circle = next(tuple(circle) for circle in circles if rank in circle)
         limit = timedelta(seconds=timeout_s)
         made = {tuple(circle): dist.new_group(list(circle), timeout=limit, backend="gloo") for circle in circles}
@@ -118,18 +118,19 @@ class Exchange:
                     span = slice(at, at + CHUNK_BYTES)
                     awaited = [(peer, room[span]) for peer, room in into if at < room.numel()]
                     for peer, room in awaited:
-                        self._channels[peer].expect(room)
+                        self._channels[peer].expect([room])
                     for peer, message in to:
                         if at < message.numel():
-                            self._channels[peer].send(message[span], self._timeout_s)
+                            self._channels[peer].send([message[span]], self._timeout_s)
                     for peer, room in awaited:
-                        self._channels[peer].receive(room, self._timeout_s)
+                        self._channels[peer].receive([room], self._timeout_s)
                 return
             posted = [dist.P2POp(dist.irecv, room, group=self._group, group_peer=p) for p, room in into]
             posted += [dist.P2POp(dist.isend, message, group=self._group, group_peer=p) for p, message in to]
             for peer, work in zip([p for p, _ in (*into, *to)], dist.batch_isend_irecv(posted), strict=True):  # noqa: B007
                 work.wait()
         except RuntimeError as error:
+            self._failed = True
             raise ExchangeError(f"rank {self._circle[peer]} does not answer: {error}") from error
 
     def hang_up(self) -> None:
@@ -138,7 +139,7 @@ class Exchange:
         Acknowledgements still come in, for a slower rank may be reading. The group is let go of: before the process
         groups are closed no thread may hold one.
         """
-        for channel in self._channels.values():
+        for channel in self._channels.values() if not self._failed else ():  # else it may wait for pieces for ever
             os.close(channel.bell_in)
             os.close(channel.bell_out)
         self._group, self._channels = None, {}

@@ -9,11 +9,13 @@ bits in every run; half precision is added up in fp32.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
 
+from meshwright.cluster.limits import exchange_timeout_s
+from meshwright.parallel.shared import Channel
 from meshwright.parallel.transport import Transfer, channels
 from meshwright.plan.geometry import chunk
 
@@ -41,51 +43,68 @@ def summed_bytes(nbytes: int, ranks: int) -> int:
 
 
 class Sum:
-    """The sum (or "max", "min", "product") of contiguous 1-D `flat` over a group, under way; `flat` becomes it.
+    """The sum (or "max", "min", "product") of `parts` over a group, under way into `out` (default: the parts).
 
-    Two ranks swap all they have and add the other's from its memory to their own; more send each owner its chunk and
-    get the owners' sums back, on `lane` of the group's channels. `flat` must be left alone until `wait` returns.
+    Parts and results are contiguous 1-D tensors of one dtype, of the same sizes on every rank. Two ranks swap all
+    they have and add the other's from its memory to their own; more send each owner its chunk and get the owners'
+    sums back, on `lane` of the group's channels. Parts and results must be left alone until `wait` returns.
     """
 
-    def __init__(self, flat: torch.Tensor, group: dist.ProcessGroup, op: str = "sum", lane: int = 0) -> None:
-        self._flat, self._group, self._op, self._lane = flat, group, op, lane
+    def __init__(
+        self,
+        parts: Sequence[torch.Tensor],
+        group: dist.ProcessGroup,
+        op: str = "sum",
+        lane: int = 0,
+        out: Sequence[torch.Tensor] | None = None,
+    ) -> None:
+        self._results = parts if out is None else out
+        self._group, self._op, self._lane = group, op, lane
         self._work: dist.Work | None = None
+        self._other: Channel | None = None
+        self._out: Transfer | None = None
         self._back: Transfer | None = None
-        self._folded = False
-        self._theirs: dict[int, torch.Tensor] = {}
-        if flat.device.type != "cpu" or not channels(group):
-            self._work = dist.all_reduce(flat, _OPERATIONS[op], group=group, async_op=True)
-            return
+        known = channels(group) if parts[0].device.type == "cpu" else {}
         ranks, self._me = dist.get_world_size(group), dist.get_rank(group)
-        if ranks == 2:
-            peer = 1 - self._me
-            self._out = Transfer(group, [(peer, flat)], [(peer, flat)], fold=_FOLDS[op])
+        if known and ranks == 2:
+            self._other = known[1 - self._me]
+            self._other.send(parts, exchange_timeout_s())
+            self._other.expect(self._results, parts, _FOLDS[op])  # not before all of it has been sent
             return
-        spans = (chunk(flat.numel(), ranks, rank) for rank in range(ranks))
-        self._spans = [flat.narrow(0, span.lo, span.size) for span in spans]
+        in_place = len(parts) == 1 and self._results is parts
+        self._flat = parts[0] if in_place else torch.cat(list(parts))
+        if not known:
+            self._work = dist.all_reduce(self._flat, _OPERATIONS[op], group=group, async_op=True)
+            return
+        spans = (chunk(self._flat.numel(), ranks, rank) for rank in range(ranks))
+        self._spans = [self._flat.narrow(0, span.lo, span.size) for span in spans]
         peers = [rank for rank in range(ranks) if rank != self._me]
         self._theirs = {peer: torch.empty_like(self._spans[self._me]) for peer in peers}
         self._out = Transfer(group, [(peer, self._spans[peer]) for peer in peers], list(self._theirs.items()))
 
     def fold(self, wait: bool = True) -> bool:
         """Add up what has arrived and send it on; whether that has been done. Without `wait` only if all is here."""
-        if self._folded or self._work is not None:
+        if self._other is not None:
+            if wait:
+                self._other.receive(self._results, exchange_timeout_s())
+            else:
+                self._other.take_arrived()
+            return not self._other.expects(self._results)
+        if self._out is None:
             return True
         if not (wait or self._out.is_complete()):
             return False
         self._out.wait()
-        self._folded = True
-        if self._theirs:
-            mine = self._spans[self._me]
-            wide = torch.float32 if mine.dtype in _HALF else mine.dtype
-            values = [self._theirs.get(rank, mine).to(wide) for rank in range(len(self._spans))]
-            total = _FOLDS[self._op](values[0], values[1])
-            for value in values[2:]:
-                _FOLDS[self._op](total, value, out=total)
-            mine.copy_(total)
-            receives = [(peer, self._spans[peer]) for peer in self._theirs]
-            self._back = Transfer(self._group, [(peer, mine) for peer in self._theirs], receives, self._lane)
-            self._theirs = {}
+        mine = self._spans[self._me]
+        wide = torch.float32 if mine.dtype in _HALF else mine.dtype
+        values = [self._theirs.get(rank, mine).to(wide) for rank in range(len(self._spans))]
+        total = _FOLDS[self._op](values[0], values[1])
+        for value in values[2:]:
+            _FOLDS[self._op](total, value, out=total)
+        mine.copy_(total)
+        receives = [(peer, self._spans[peer]) for peer in self._theirs]
+        self._back = Transfer(self._group, [(peer, mine) for peer in self._theirs], receives, self._lane)
+        self._out, self._theirs = None, {}
         return True
 
     def is_complete(self) -> bool:
@@ -93,13 +112,15 @@ class Sum:
         return self._back is None or self._back.is_complete()
 
     def wait(self) -> None:
-        """Until `flat` holds the result. Raises RuntimeError when a rank is dead or late."""
-        if self._work is not None:
-            self._work.wait()
-            return
+        """Until the results are there. Raises RuntimeError when a rank is dead or late."""
         self.fold()
-        if self._back is not None:
-            self._back.wait()
+        for under_way in (self._work, self._back):
+            if under_way is not None:
+                under_way.wait()
+        if self._other is None and self._results[0] is not self._flat:
+            sums = self._flat.split([result.numel() for result in self._results])
+            for result, value in zip(self._results, sums, strict=True):
+                result.copy_(value)
 
 
 class SumQueue:

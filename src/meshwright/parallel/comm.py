@@ -67,7 +67,7 @@ def all_reduce(
             continue
         cause.sent(summed_bytes(work.numel() * work.element_size(), ranks))
         try:
-            total = Sum(work.view(-1), group(mesh, axis), op)
+            total = Sum([work.view(-1)], group(mesh, axis), op)
         except RuntimeError as error:
             raise cause.failed(error) from error
         wait([total], cause)

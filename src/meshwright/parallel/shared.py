@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -40,9 +40,10 @@ class _Slot:
 
 
 class _Expected(NamedTuple):
-    """Where a piece goes: it is copied into `buffer`, or `fold(buffer, piece, out=buffer)` takes it in."""
+    """Where a piece goes: it is copied into the buffers, or `fold(addend, part, out=buffer)` puts a result there."""
 
-    buffer: torch.Tensor
+    buffers: Sequence[torch.Tensor]
+    addends: Sequence[torch.Tensor]
     fold: Callable[..., object] | None
 
 
@@ -64,40 +65,48 @@ class Channel:
     def __post_init__(self) -> None:
         _open.add(self)
 
-    def send(self, piece: torch.Tensor, limit_s: float) -> None:
-        """Copy `piece` (any strides) to shared memory and ring. Waits only where the neighbour is far behind.
+    def send(self, parts: Sequence[torch.Tensor], limit_s: float) -> None:
+        """Copy a piece, made of `parts` (any strides, one dtype), to shared memory and ring.
+
+        Waits only where the neighbour is far behind.
 
         Raises RuntimeError when it has ended or takes nothing for `limit_s`.
         """
         self._thread = threading.get_ident()
         self._await_room(limit_s)
-        nbytes = piece.numel() * piece.element_size()
+        nbytes = sum(part.numel() * part.element_size() for part in parts)
         slot = self._free_slot(nbytes)
-        slot.memory[:nbytes].view(piece.dtype).view(piece.shape).copy_(piece)
+        for part, place in zip(parts, _places(slot.memory, parts), strict=True):
+            place.copy_(part)
         slot.busy = True
         try:
             os.write(self.bell_out, _TOKEN.pack(slot.number, slot.file, slot.memory.numel(), nbytes))
         except OSError as error:
             raise RuntimeError(f"process {self.pid} takes no more pieces ({error})") from error
 
-    def expect(self, buffer: torch.Tensor, fold: Callable[..., object] | None = None) -> None:
-        """The next piece but those expected already is for `buffer` (contiguous): copied there, or folded into it."""
+    def expect(
+        self,
+        buffers: Sequence[torch.Tensor],
+        addends: Sequence[torch.Tensor] = (),
+        fold: Callable[..., object] | None = None,
+    ) -> None:
+        """The next piece but those expected is for `buffers` (contiguous): as it is, or folded with `addends`."""
         self._thread = threading.get_ident()
-        self._expected.append(_Expected(buffer, fold))
+        self._expected.append(_Expected(buffers, addends, fold))
 
-    def receive(self, buffer: torch.Tensor, limit_s: float) -> None:
-        """Wait until an expected `buffer` is filled; earlier ones are filled first.
+    def receive(self, buffers: Sequence[torch.Tensor], limit_s: float) -> None:
+        """Wait until expected `buffers` are filled; earlier ones are filled first.
 
         Raises RuntimeError when the neighbour has ended, sends nothing for `limit_s`, or sends another size.
         """
-        while self.expects(buffer):
+        while self.expects(buffers):
             if not _await(self.bell_in, limit_s):
                 raise RuntimeError(f"no answer within {limit_s:g} s")
             self._take()
 
-    def expects(self, buffer: torch.Tensor) -> bool:
-        """Whether `buffer` is still to be filled."""
-        return any(buffer is other.buffer for other in self._expected)
+    def expects(self, buffers: Sequence[torch.Tensor]) -> bool:
+        """Whether `buffers` are still to be filled."""
+        return any(buffers[0] is other.buffers[0] for other in self._expected)
 
     def take_arrived(self) -> None:
         """Fill the expected buffers whose pieces are here, without waiting for others."""
@@ -108,12 +117,12 @@ class Channel:
 
     def _take(self) -> None:
         """Fill the first expected buffer with the piece that is here."""
-        buffer, fold = self._expected.popleft()
+        buffers, addends, fold = self._expected.popleft()
         token = os.read(self.bell_in, _TOKEN.size)
         if not token:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended")
         number, file, size, nbytes = _TOKEN.unpack(token)
-        wanted = buffer.numel() * buffer.element_size()
+        wanted = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
         if nbytes != wanted:
             raise RuntimeError(f"it sent {nbytes} bytes where {wanted} were expected")
         memory = self._theirs.get(number)
@@ -122,11 +131,13 @@ class Channel:
                 memory = _mapped(os.open(f"/proc/{self.pid}/fd/{file}", os.O_RDWR), size, close=True)
                 if size <= LARGEST_KEPT_BYTES:
                     self._theirs[number] = memory
-            piece = memory[:nbytes].view(buffer.dtype).view(buffer.shape)
+            places = _places(memory, buffers)
             if fold is None:
-                buffer.copy_(piece)
+                for buffer, part in zip(buffers, places, strict=True):
+                    buffer.copy_(part)
             else:
-                fold(buffer, piece, out=buffer)
+                for buffer, addend, part in zip(buffers, addends, places, strict=True):
+                    fold(addend, part, out=buffer)
             os.write(self.ack_out, _ACK.pack(number))
         except OSError as error:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended ({error})") from error
@@ -162,6 +173,15 @@ class Channel:
             if slot.memory.numel() > LARGEST_KEPT_BYTES:
                 self._slots.remove(slot)
                 os.close(slot.file)
+
+
+def _places(memory: torch.Tensor, parts: Sequence[torch.Tensor]) -> Iterator[torch.Tensor]:
+    """Where the parts of a piece lie in shared memory, one behind the other."""
+    at = 0
+    for part in parts:
+        nbytes = part.numel() * part.element_size()
+        yield memory[at : at + nbytes].view(part.dtype).view(part.shape)
+        at += nbytes
 
 
 _open: weakref.WeakSet[Channel] = weakref.WeakSet()

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -99,10 +99,8 @@ class Transfer:
         sends: Sequence[tuple[int, torch.Tensor]],
         receives: Sequence[tuple[int, torch.Tensor]],
         lane: int = 0,
-        fold: Callable[..., object] | None = None,
     ) -> None:
-        """(rank in the group, tensor) each. With `fold` (channels only) what arrives is folded into its buffer, which
-        may be what was sent. Pieces of one rank for another arrive in the order they are posted in."""
+        """(rank in the group, tensor) each. Pieces of one rank for another arrive in the order they are posted in."""
         sends = [(peer, piece) for peer, piece in sends if piece.numel()]
         self._receives = [(peer, buffer) for peer, buffer in receives if buffer.numel()]
         self._works: list[dist.Work] = []
@@ -111,12 +109,10 @@ class Transfer:
         on_cpu = bool(tensors) and tensors[0].device.type == "cpu"
         self._channels = channels(group, lane) if on_cpu else {}
         if self._channels:
-            for peer, buffer in self._receives if fold is None else []:
-                self._channels[peer].expect(buffer)
+            for peer, buffer in self._receives:
+                self._channels[peer].expect([buffer])
             for peer, piece in sends:
-                self._channels[peer].send(piece, exchange_timeout_s())
-            for peer, buffer in self._receives if fold is not None else []:
-                self._channels[peer].expect(buffer, fold)  # not before all of it has been sent
+                self._channels[peer].send([piece], exchange_timeout_s())
         elif tensors:
             self._keep = [piece.contiguous() for _, piece in sends]
             operations = [dist.P2POp(dist.irecv, b, group=group, group_peer=peer) for peer, b in self._receives]
@@ -128,7 +124,7 @@ class Transfer:
         """Whether all pieces are in their buffers; takes those that have arrived, without waiting. Channels only."""
         for peer, _ in self._receives:
             self._channels[peer].take_arrived()
-        self._receives = [(peer, buffer) for peer, buffer in self._receives if self._channels[peer].expects(buffer)]
+        self._receives = [(peer, buffer) for peer, buffer in self._receives if self._channels[peer].expects([buffer])]
         return not self._receives
 
     def wait(self) -> None:
@@ -136,7 +132,7 @@ class Transfer:
         if self._channels:
             limit_s = exchange_timeout_s()
             for peer, buffer in self._receives:
-                self._channels[peer].receive(buffer, limit_s)
+                self._channels[peer].receive([buffer], limit_s)
         for work in self._works:
             work.wait()
         self._receives, self._works, self._keep = [], [], []

@@ -42,30 +42,33 @@ class _Flight:
     def __init__(self, parameters: list[Any], axes: tuple[int, ...]) -> None:
         self.parameters, self.axes = parameters, axes
         self.mesh = parameters[0].grad._spec.mesh
-        self.held = [p.grad._local_tensor for p in parameters]
-        self.flat, self.views = _flattened(parameters, self.held)
+        self.held = [(p.grad, p.grad._local_tensor, p.grad._version) for p in parameters]
+        # In the memory order of the parameters, which is the same on all ranks: that of gradients depends on the
+        # kernels that a rank's part got. Not where they are: gradients of two parameters may share memory.
+        parts = [_in_order(p, grad) for p, (_, grad, _) in zip(parameters, self.held, strict=True)]
+        self.sums = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in parts]
+        self.parts = [_line(t) for t in parts]
         world, own_mesh = reduction_groups(self.mesh)
         if len(axes) == self.mesh.ndim:  # every rank of the job: one all-reduce instead of one per axis
             self.stages = [(world, self.mesh.size())]
         else:
             self.stages = [(own_mesh.get_group(axis), sizes(self.mesh)[axis]) for axis in axes]
-        self.work = self._start(*self.stages[0])
+        self.work = self._start(self.parts, *self.stages[0])
 
-    def _start(self, pg: dist.ProcessGroup, ranks: int) -> Sum:
-        nbytes = summed_bytes(self.flat.numel() * self.flat.element_size(), ranks)
+    def _start(self, parts: list[torch.Tensor], pg: dist.ProcessGroup, ranks: int) -> Sum:
+        nbytes = summed_bytes(sum(part.numel() * part.element_size() for part in parts), ranks)
         totals.sent_bytes += nbytes
         totals.reduced_bytes += nbytes
         totals.messages += 1
-        return Sum(self.flat, pg, lane=SUMS_LANE)
+        return Sum(parts, pg, lane=SUMS_LANE, out=[_line(t) for t in self.sums])
 
     def land(self) -> None:
         """Wait, and give every parameter its sum."""
         self.work.wait()
         for stage in self.stages[1:]:
-            self._start(*stage).wait()
-        for p, held, local in zip(self.parameters, self.held, self.views, strict=True):
-            grad = p.grad
-            if grad is None or grad._local_tensor is not held:
+            self._start([_line(t) for t in self.sums], *stage).wait()
+        for p, (grad, held, version), local in zip(self.parameters, self.held, self.sums, strict=True):
+            if p.grad is not grad or grad._local_tensor is not held or grad._version != version:
                 raise UnsupportedError(
                     f"a hook changed the gradient of a parameter of shape {tuple(p.shape)} while its sum was "
                     "under way; use p.register_hook, which sees the gradient before, or change it after backward()"
@@ -75,32 +78,25 @@ class _Flight:
             )
             shape = tuple(grad._spec.shape)
             grad._spec = spec_of(self.mesh, placements, shape, grad._spec.tensor_meta.stride, local.dtype)
-            if local.stride() == held.stride():
-                grad._local_tensor = local
-            else:
-                grad._local_tensor = held.clone().copy_(local)
+            if local.stride() != held.stride():  # the same numbers in the strides that the gradient had
+                local = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device).copy_(
+                    local
+                )
+            grad._local_tensor = local
 
 
-def _flattened(parameters: list[Any], grads: list[torch.Tensor]) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Gradients one behind the other, and each of them as a view of that.
+def _in_order(p: Any, grad: torch.Tensor) -> torch.Tensor:
+    """`grad` dense in the memory order of its parameter."""
+    local = p._local_tensor
+    order = local.stride() if local.shape == grad.shape and _is_dense(local) else None
+    if order is None or grad.stride() == order:
+        return grad.contiguous() if order is None else grad
+    return torch.empty_strided(grad.shape, order, dtype=grad.dtype, device=grad.device).copy_(grad)
 
-    In the memory order of the parameters, which is the same on all ranks: that of gradients depends on the kernels
-    that a rank's part got. A single gradient that lies so is summed where it is.
-    """
-    orders = [
-        p._local_tensor.stride() if _is_dense(p._local_tensor) and p._local_tensor.shape == grad.shape else None
-        for p, grad in zip(parameters, grads, strict=True)
-    ]
-    if len(grads) == 1 and grads[0].stride() == orders[0]:
-        return grads[0].as_strided((grads[0].numel(),), (1,)), [grads[0]]
-    flat = grads[0].new_empty(sum(grad.numel() for grad in grads))
-    views, at = [], 0
-    for grad, order in zip(grads, orders, strict=True):
-        piece = flat[at : at + grad.numel()]
-        view = piece.view(grad.shape) if order is None else piece.as_strided(grad.shape, order)
-        views.append(view.copy_(grad))
-        at += grad.numel()
-    return flat, views
+
+def _line(t: torch.Tensor) -> torch.Tensor:
+    """The memory of a dense tensor."""
+    return t.as_strided((t.numel(),), (1,))
 
 
 def _is_dense(t: torch.Tensor) -> bool:
