@@ -96,19 +96,15 @@ def even(step: Step, parts: Sequence[int], place: Sequence[int]) -> Count:
     return out
 
 
-def switch(channels: int, parts: Sequence[int], place: Sequence[int], itemsize: int = 4) -> tuple[Count, int]:
-    """Where space ends, at 2 positions a dim: every rank hears every other one, axis by axis, in parts padded to equal
-    size. Also how many of these messages carry nothing, because all parts along the axis are empty."""
-    out, empty = Count(), 0
+def switch(channels: int, parts: Sequence[int], place: Sequence[int], itemsize: int = 4) -> Count:
+    """Where space ends, at 2 positions a dim: every rank hears every other one that has something, axis by axis."""
+    out = Count()
     shape = [min(2, (i + 1) * -(-2 // p)) - min(2, i * -(-2 // p)) for i, p in zip(place, parts, strict=True)]
     for dim, p in enumerate(parts):
-        if p > 1:
-            shape[dim] = -(-2 // p)
-            nbytes = channels * math.prod(shape) * itemsize
-            out = out.plus(Count((p - 1) * nbytes, p - 1))
-            empty += 0 if nbytes else p - 1
-            shape[dim] = 2
-    return out, empty
+        nbytes = channels * math.prod(shape) * itemsize
+        out = out.plus(Count((p - 1) * nbytes, p - 1 if nbytes else 0))
+        shape[dim] = 2
+    return out
 
 
 def _owner(size: int, parts: int) -> list[int]:

@@ -82,7 +82,11 @@ def test_affine_is_what_grid_sample_computes() -> None:
     shape = torch.tensor([9.0, 11.0, 8.0], dtype=torch.float64)
     centre = (shape - 1) / 2
     grid = torch.stack(torch.meshgrid(*(torch.arange(n, dtype=torch.float64) for n in shape), indexing="ij"), -1)
-    at = (grid - centre) @ torch.tensor(matrix, dtype=torch.float64).T + centre + torch.tensor(shift, dtype=torch.float64)
+    at = (
+        (grid - centre) @ torch.tensor(matrix, dtype=torch.float64).T
+        + centre
+        + torch.tensor(shift, dtype=torch.float64)
+    )
     scaled = (at / centre - 1).flip(-1)[None]  # grid_sample counts from W to D, from -1 to 1
     for fill, mode in ((None, "border"), (0.0, "zeros")):
         found = whole(Affine(matrix, shift, fill=fill, label_fill=0), fields)

@@ -100,15 +100,26 @@ def all_gather_dim(local: torch.Tensor, mesh: DeviceMesh, axis: int, dim: int, s
     ranks = sizes(mesh)[axis]
     if ranks == 1:
         return local
-    step = chunk(size, ranks, 0).size
-    lead = local.movedim(dim, 0)
-    if lead.shape[0] < step:  # padded to equal parts: uneven gathers do not exist on every backend
-        lead = torch.cat([lead, lead.new_zeros((step - lead.shape[0], *lead.shape[1:]))])
-    stacked = all_gather_stack(lead, mesh, axis, cause)
-    # every chunk before the last filled one is full, so the positions are already in order
-    whole = stacked.flatten(0, 1)[:size].movedim(0, dim)
-    out = torch.empty_strided(whole.shape, dense_strides(local, whole.shape), dtype=local.dtype, device=local.device)
-    return out.copy_(whole)  # dense in the memory order of the part, as one device would hold it
+    me = coordinates(mesh)[axis]
+    peers = [rank for rank in range(ranks) if rank != me]
+    spans = [chunk(size, ranks, rank) for rank in range(ranks)]
+    shape = list(local.shape)
+    buffers = []
+    for peer in peers:
+        shape[dim] = spans[peer].size
+        buffers.append((peer, local.new_empty(shape)))
+    cause.sent(len(peers) * local.numel() * local.element_size(), len(peers) if local.numel() else 0)
+    try:
+        transfer = Transfer(group(mesh, axis), [(peer, local) for peer in peers], buffers)
+    except RuntimeError as error:
+        raise cause.failed(error) from error
+    shape[dim] = size  # dense in the memory order of the part, as one device would hold it
+    out = torch.empty_strided(shape, dense_strides(local, shape), dtype=local.dtype, device=local.device)
+    out.narrow(dim, spans[me].lo, spans[me].size).copy_(local)
+    wait([transfer], cause)
+    for peer, buffer in buffers:
+        out.narrow(dim, spans[peer].lo, spans[peer].size).copy_(buffer)
+    return out
 
 
 def swap_dims(

@@ -1,7 +1,7 @@
 """The exchange as arithmetic: what every rank sends in a training step, without a process group.
 
     window    Σ over split dims of the planes that others read × the part's other extents × channels × bytes
-    whole     where space ends every rank receives every other rank's part (padded to equal parts)
+    whole     where space ends every rank receives every other rank's part
     gradient  2 (p − 1) / p × the parameters that p ranks used on different data: an all-reduce, in buckets
 
 Split dims are exchanged one after the other and a later one carries what earlier ones brought, so corners need no
@@ -151,9 +151,9 @@ def _cut(size: int, out: int, taps: Taps, parts: int) -> list[_Cut]:
 def _gathers(layer: Layer, plan: Plan, space: Sequence[tuple[int, int]], extents: list[int]) -> Iterator[Sent]:
     """Space made whole, axis by axis; backward every rank has the whole gradient already."""
     for axis, dim in space:
-        parts = plan.axes[axis].size
-        extents[dim] = chunk(layer.shape[dim], parts, 0).size  # the shorter and empty ones are padded to it
-        yield Sent((parts - 1) * math.prod(extents) * layer.itemsize, parts - 1)
+        others = plan.axes[axis].size - 1
+        nbytes = math.prod(extents) * layer.itemsize
+        yield Sent(others * nbytes, others if nbytes else 0)
         extents[dim] = layer.shape[dim]
 
 
