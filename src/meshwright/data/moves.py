@@ -139,9 +139,8 @@ class Exchange:
         Acknowledgements still come in, for a slower rank may be reading. The group is let go of: before the process
         groups are closed no thread may hold one.
         """
-        for channel in (
-            self._channels.values() if not self._failed else ()
-        ):  # after a failure, pieces may still be expected there
-            os.close(channel.bell_in)
-            os.close(channel.bell_out)
+        if not self._failed:  # after a failure pieces may still be expected there
+            for channel in self._channels.values():
+                os.close(channel.bell_in)
+                os.close(channel.bell_out)
         self._group, self._channels = None, {}
