@@ -16,13 +16,10 @@ from exchange_counts import Count, Step, by_voxel, cosmoflow, counted, even, is_
 from meshwright.errors import UnsupportedError
 from meshwright.models.cosmoflow import CosmoFlow
 from meshwright.models.small_unet import benchmark_unet
-from meshwright.parallel.rules.conv import _window
-from meshwright.parallel.rules.pool import Grid
 from meshwright.plan import exchange
 from meshwright.plan.exchange import Exchange, RankStep, planned
-from meshwright.plan.geometry import Interval, chunks, window
+from meshwright.plan.geometry import Interval, chunks, reached, window
 from meshwright.plan.layers import Network, layers_of
-from meshwright.sync import reducer
 
 # depth × height × width, and how many of the 14 layers have even shards there: those the closed form is for
 SPLITS = {
@@ -183,24 +180,33 @@ def test_any_chain_is_planned_as_positions_say(
     st.integers(1, 9),
     st.tuples(st.integers(1, 5), st.integers(1, 5), st.integers(0, 5), st.integers(1, 4)),
 )
-def test_the_rules_have_the_same_windows(size: int, parts: int, options: tuple[int, int, int, int]) -> None:
-    """Rules and plan must agree on every interval, or the plan describes another exchange."""
+def test_a_window_is_from_the_first_tap_inside_to_the_last(
+    size: int, parts: int, options: tuple[int, int, int, int]
+) -> None:
+    """And what is read before and after the input makes up the rest of the taps' reach."""
     kernel, stride, padding, dilation = options
     outputs = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
     for out in chunks(max(0, outputs), parts):
-        ours = window(out, size, kernel, stride, padding, dilation)
-        assert _window(out, size, kernel, stride, dilation, padding)[0] == ours
-        theirs = Grid(kernel, stride, padding, dilation).window(out, size)[0]
-        assert theirs == ours or theirs.size == ours.size == 0
+        places = [o * stride - padding + k * dilation for o in range(out.lo, out.hi) for k in range(kernel)]
+        reach = set(range(min(places), max(places) + 1)) if places else set()
+        inside, before, after = reached(out, size, kernel, stride, padding, dilation)
+        assert set(range(inside.lo, inside.hi)) == reach & set(range(size))
+        assert before + after + inside.size == len(reach)
+        assert window(out, size, kernel, stride, padding, dilation) == inside
+        if inside.size:
+            assert before == sum(place < 0 for place in reach)
 
 
 def test_no_outputs_read_nothing() -> None:
     assert window(Interval(3, 3), 10, 3, 1, 1, 1) == Interval(0, 0)
 
 
-def test_buckets_are_those_of_the_reducer() -> None:
-    for name in ("BUCKET_BYTES", "SMALL_BUCKET_BYTES", "FEWEST_BUCKETS"):
-        assert getattr(exchange, name) == getattr(reducer, name)
+def test_buckets_fill_from_the_end() -> None:
+    """Small models have eight or so, large ones buckets of 8 MiB; the last parameter is in the first."""
+    assert exchange.buckets([]) == []
+    assert exchange.buckets([10, 10]) == [0, 0]
+    assert exchange.buckets([1 << 20] * 32) == [bucket for bucket in range(7, -1, -1) for _ in range(4)]
+    assert exchange.buckets([9 << 20, 9 << 20, 200 << 20]) == [2, 1, 0]
 
 
 def test_a_batch_split_reduces_the_fully_connected_layers_too() -> None:

@@ -23,9 +23,9 @@ from meshwright.plan.geometry import chunk, chunks, transfers, window
 from meshwright.plan.layers import Layer, Network, Taps, Weight
 from meshwright.plan.plan import Plan
 
-BUCKET_BYTES = 8 << 20  # these three as in sync.reducer, which a test compares
-SMALL_BUCKET_BYTES = 1 << 17
-FEWEST_BUCKETS = 8
+BUCKET_BYTES = 8 << 20  # large enough to amortise a message, small enough to start before backward ends
+SMALL_BUCKET_BYTES = 1 << 17  # for small models: below this a message costs more than it hides
+FEWEST_BUCKETS = 8  # so that of a small model, too, most is summed while backward runs
 
 
 class Sent(NamedTuple):
@@ -175,14 +175,24 @@ def _reduction(weights: Sequence[Weight], plan: Plan) -> Sent:
 
 
 def _buckets(weights: Sequence[Weight]) -> list[list[Weight]]:
-    """Parameters in the reverse order of the module, in runs of a size that depends on the model alone."""
-    limit = max(SMALL_BUCKET_BYTES, min(BUCKET_BYTES, sum(w.nbytes for w in weights) // FEWEST_BUCKETS))
-    buckets: list[list[Weight]] = []
-    filled = limit
-    for weight in reversed(weights):
+    places = buckets([weight.nbytes for weight in weights])
+    found: list[list[Weight]] = [[] for _ in range(max(places, default=-1) + 1)]
+    for weight, place in reversed(list(zip(weights, places, strict=True))):
+        found[place].append(weight)
+    return found
+
+
+def buckets(sizes: Sequence[int]) -> list[int]:
+    """For parameters of these bytes the bucket in which each one's gradient is summed.
+
+    Buckets run in the reverse order of the module, in which gradients become ready; their size depends on the model
+    alone, so it is the same on every rank.
+    """
+    limit = max(SMALL_BUCKET_BYTES, min(BUCKET_BYTES, sum(sizes) // FEWEST_BUCKETS))
+    places, bucket, filled = [], -1, limit
+    for nbytes in reversed(sizes):
         if filled >= limit:
-            buckets.append([])
-            filled = 0
-        buckets[-1].append(weight)
-        filled += weight.nbytes
-    return buckets
+            bucket, filled = bucket + 1, 0
+        places.append(bucket)
+        filled += nbytes
+    return places[::-1]

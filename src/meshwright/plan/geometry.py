@@ -46,11 +46,18 @@ def window(out: Interval, size: int, kernel: int, stride: int, padding: int, dil
 
     [a, b) reads [a s - p, (b - 1) s - p + d (k - 1) + 1), cut to the input; no outputs read nothing.
     """
+    return reached(out, size, kernel, stride, padding, dilation)[0]
+
+
+def reached(
+    out: Interval, size: int, kernel: int, stride: int, padding: int, dilation: int
+) -> tuple[Interval, int, int]:
+    """`window`, and how many positions before and after the input are read (all before, if none is inside)."""
     if not out.size:
-        return Interval(0, 0)
-    reach = Interval(out.lo * stride - padding, (out.hi - 1) * stride - padding + dilation * (kernel - 1) + 1)
-    inside = reach.meet(Interval(0, size))
-    return inside if inside.size else Interval(0, 0)
+        return Interval(0, 0), 0, 0
+    lo, hi = out.lo * stride - padding, (out.hi - 1) * stride - padding + dilation * (kernel - 1) + 1
+    inside = Interval(lo, hi).meet(Interval(0, size))
+    return (inside, inside.lo - lo, hi - inside.hi) if inside.size else (Interval(0, 0), hi - lo, 0)
 
 
 @dataclass(frozen=True)

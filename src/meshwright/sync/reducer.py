@@ -27,13 +27,10 @@ from meshwright.parallel.collective import Sum, SumQueue, summed_bytes
 from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, splits
 from meshwright.parallel.mesh import SUMS_LANE, reduction_groups, sizes
 from meshwright.parallel.tensor import is_mesh, spec_of
+from meshwright.plan.exchange import buckets
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-BUCKET_BYTES = 8 << 20  # large enough to amortise a message, small enough to start before backward ends
-SMALL_BUCKET_BYTES = 1 << 17  # for small models: below this a message costs more than it hides
-FEWEST_BUCKETS = 8  # so that of a small model, too, most is summed while backward runs
 
 
 class _Flight:
@@ -158,16 +155,12 @@ class Reducer:
             and isinstance(p, torch.nn.Parameter)
             and p.is_leaf
         ]
-        total = sum(p._local_tensor.numel() * p._local_tensor.element_size() for p in found)
-        limit = max(SMALL_BUCKET_BYTES, min(BUCKET_BYTES, total // FEWEST_BUCKETS))
-        nbytes = limit
-        for p in reversed(found):
-            if nbytes >= limit:
-                self._buckets.append([])
-                nbytes = 0
-            self._buckets[-1].append(weakref.ref(p))
-            self._place[p] = len(self._buckets) - 1
-            nbytes += p._local_tensor.numel() * p._local_tensor.element_size()
+        first = len(self._buckets)
+        places = buckets([p._local_tensor.numel() * p._local_tensor.element_size() for p in found])
+        self._buckets += [[] for _ in range(max(places, default=-1) + 1)]
+        for p, place in reversed(list(zip(found, places, strict=True))):
+            self._buckets[first + place].append(weakref.ref(p))
+            self._place[p] = first + place
             p.register_post_accumulate_grad_hook(self._ready)
         if found:
             self._reset()

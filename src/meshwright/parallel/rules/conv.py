@@ -27,20 +27,9 @@ from meshwright.parallel.layout import axis_of, local_shape, split_axes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
 from meshwright.parallel.rules.halo import Cut
 from meshwright.parallel.rules.halo_conv import SpatialConv
-from meshwright.plan.geometry import Interval, chunks
+from meshwright.plan.geometry import Interval, chunks, reached
 
 MAX_THIN = 8  # more output planes than this near a cut: one window is cheaper than plane by plane
-
-
-def _window(out: Interval, size: int, k: int, s: int, d: int, p: int) -> tuple[Interval, int, int]:
-    """Input interval inside `[0, size)` that output `out` reads, and the zeros it reads before and after it."""
-    if not out.size:
-        return Interval(0, 0), 0, 0
-    lo, hi = out.lo * s - p, (out.hi - 1) * s - p + d * (k - 1) + 1
-    inside = Interval(lo, hi).meet(Interval(0, size))
-    if not inside.size:
-        return Interval(0, 0), hi - lo, 0
-    return inside, inside.lo - lo, hi - inside.hi
 
 
 @function(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -101,7 +90,7 @@ def conv(
 
 def _cut(line: Line, size: int, k: int, s: int, d: int, p: int, outs: tuple[Interval, ...]) -> Cut:
     """The geometry of one split dim: `outs` are the output chunks of the ranks along the line."""
-    windows = [_window(out, size, k, s, d, p) for out in outs]
+    windows = [reached(out, size, k, s, p, d) for out in outs]
     inside, before, after = windows[line.me]
     wanted = tuple(window[0] for window in windows)
     return Cut(line, chunks(size, line.ranks), wanted, inside.lo - before, outs[line.me].size, (before, after))

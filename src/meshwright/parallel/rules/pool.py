@@ -21,7 +21,7 @@ from meshwright.parallel.functions import function, tuple_of
 from meshwright.parallel.pool_kernels import Boxes, average
 from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, unravelled
 from meshwright.parallel.tensor import wrap
-from meshwright.plan.geometry import Interval, chunks
+from meshwright.plan.geometry import Interval, chunks, reached
 
 _MAX: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -49,11 +49,7 @@ class Grid:
 
     def window(self, out: Interval, size: int) -> tuple[Interval, int, int]:
         """The input that outputs `out` read, and how far they reach before and after it."""
-        if not out.size:
-            return Interval(0, 0), 0, 0
-        lo, hi = out.lo * self.s - self.p, (out.hi - 1) * self.s - self.p + self.reach
-        inside = Interval(lo, hi).meet(Interval(0, size))
-        return (inside, inside.lo - lo, hi - inside.hi) if inside.size else (inside, hi - lo, 0)
+        return reached(out, size, self.k, self.s, self.p, self.d)
 
     def fit(self, size: int, before: int, outputs: int, ceil: bool) -> tuple[int, int] | None:
         """Padding with which the plain operator on a window of `size` has our `outputs`, and how many it has before
