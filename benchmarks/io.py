@@ -22,6 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ import meshwright as mw
 from meshwright.data import sampler
 from meshwright.data.source import IMAGE, LABEL
 from meshwright.data.store import Store
+from meshwright.data.volumes import open_pairs
 from meshwright.models.small_unet import SmallUNet
 from meshwright.train.memory import peak_bytes, reset_peak, resident_bytes
 
@@ -55,11 +57,15 @@ class Npy:
         return {"image": torch.from_numpy(image)[None, None], "label": torch.from_numpy(label)[None]}
 
 
-def write_npy(folder: str, edge: int, samples: int = SAMPLES) -> None:
+def write_files(folder: str, edge: int, samples: int = SAMPLES) -> None:
     draw = np.random.default_rng(0)
     for i in range(samples):
-        np.save(f"{folder}/{i:03d}-image.npy", draw.standard_normal((edge,) * 3, np.float32))
-        np.save(f"{folder}/{i:03d}-label.npy", draw.integers(0, 3, (edge,) * 3, np.uint8))
+        image = (1000 * draw.standard_normal((edge,) * 3, np.float32)).astype(np.int16)
+        label = draw.integers(0, 3, (edge,) * 3, np.uint8)
+        np.save(f"{folder}/{i:03d}-image.npy", image.astype(np.float32))
+        np.save(f"{folder}/{i:03d}-label.npy", label)
+        for name, values in (("image", image), ("label", label)):
+            nibabel.save(nibabel.Nifti1Image(values.T, np.eye(4)), f"{folder}/{i:03d}-{name}.nii.gz")
 
 
 def is_cold(wanted: bool) -> bool:
@@ -128,27 +134,30 @@ def resident(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[s
 
 def rereading(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
     """An epoch of batches read from the files each time ÷ the same epoch from the store, nothing else computed."""
-    for name, plan in splits(ranks).items():
-        size, source = (ranks if name == "sample" else 1), Npy(folder)
-        order, rank, epoch = order_of(SAMPLES, size), dist.get_rank(), SAMPLES // size
-        is_cold(cold)
-        barrier()
-        begin_s = time.perf_counter()
-        for step in range(epoch, 2 * epoch):
+    known = (0.0, 1.0)
+    pairs = open_pairs(f"{folder}/*-image.nii.gz", f"{folder}/*-label.nii.gz", ("a", "b", "c"), intensity=known)
+    for kind, source in (("npy in the page cache", Npy(folder)), ("nii.gz", pairs)):
+        for name, plan in splits(ranks).items():
+            size = ranks if name == "sample" else 1
+            order, rank, epoch = order_of(SAMPLES, size), dist.get_rank(), SAMPLES // size
             rows, _, *spans = mw.interval((size, 1, *source.shape(0)), plan, rank)
-            torch.cat([source.read(index, spans)["image"] for index in order(step)[rows]])
-        barrier()
-        direct_s = time.perf_counter() - begin_s
-        with Store(source, plan, order, budget_bytes=4 << 30, last=2 * epoch) as store:
-            for step in range(epoch):
-                store.batch(step)
+            is_cold(cold)
             barrier()
             begin_s = time.perf_counter()
             for step in range(epoch, 2 * epoch):
-                store.batch(step)
+                torch.cat([source.read(index, spans)["image"] for index in order(step)[rows]])
             barrier()
-            store_s = time.perf_counter() - begin_s
-        yield f"rereading, {name}: from files / from the store", direct_s / store_s
+            direct_s = time.perf_counter() - begin_s
+            with Store(source, plan, order, budget_bytes=4 << 30, last=2 * epoch) as store:
+                for step in range(epoch):
+                    store.batch(step)
+                barrier()
+                begin_s = time.perf_counter()
+                for step in range(epoch, 2 * epoch):
+                    store.batch(step)
+                barrier()
+                store_s = time.perf_counter() - begin_s
+            yield f"rereading {kind}, {name}: files / store", direct_s / store_s
 
 
 def layouts(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
@@ -227,7 +236,7 @@ def main() -> None:
     args = parser.parse_args()
     figures = {}
     with tempfile.TemporaryDirectory() as folder:
-        write_npy(folder, args.edge)
+        write_files(folder, args.edge)
         print(f"{SAMPLES} samples of {args.edge} cubed, {args.ranks} ranks; page cache", end=" ")
         print("emptied before reading" if is_cold(args.cold) else "warm: the files were just written")
         for name in args.claims or CLAIMS:
