@@ -150,6 +150,7 @@ class Reducer:
             for p in module.parameters()
             if p.requires_grad
             and is_mesh(p)
+            and p._spec.mesh.size() > 1  # alone there is nothing to sum
             and p not in self._place
             # not what `functional_call` puts in their place for one call
             and isinstance(p, torch.nn.Parameter)
