@@ -62,9 +62,6 @@ class Channel:
     _expected: deque[_Expected] = field(default_factory=deque)  # in the order of the pieces to come
     _thread: int = 0  # who uses it now
 
-    def __post_init__(self) -> None:
-        _open.add(self)
-
     def send(self, parts: Sequence[torch.Tensor], limit_s: float) -> None:
         """Copy a piece, made of `parts` (any strides, one dtype), to shared memory and ring.
 
@@ -92,6 +89,7 @@ class Channel:
     ) -> None:
         """The next piece but those expected is for `buffers` (contiguous): as it is, or folded with `addends`."""
         self._thread = threading.get_ident()
+        _waiting().add(self)
         self._expected.append(_Expected(buffers, addends, fold))
 
     def receive(self, buffers: Sequence[torch.Tensor], limit_s: float) -> None:
@@ -184,7 +182,15 @@ def _places(memory: torch.Tensor, parts: Sequence[torch.Tensor]) -> Iterator[tor
         at += nbytes
 
 
-_open: weakref.WeakSet[Channel] = weakref.WeakSet()
+_used = threading.local()
+
+
+def _waiting() -> weakref.WeakSet[Channel]:
+    """The channels on which this thread has expected pieces. Each thread has its own set, so none is changed by two."""
+    if not hasattr(_used, "channels"):
+        _used.channels = weakref.WeakSet()
+    found: weakref.WeakSet[Channel] = _used.channels
+    return found
 
 
 def _await(file: int, limit_s: float) -> bool:
@@ -195,7 +201,7 @@ def _await(file: int, limit_s: float) -> bool:
     """
     me, end_s = threading.get_ident(), time.monotonic() + limit_s
     while True:
-        others = {c.bell_in: c for c in _open if c._expected and c._thread == me and c.bell_in != file}
+        others = {c.bell_in: c for c in _waiting() if c._expected and c._thread == me and c.bell_in != file}
         poll = select.poll()
         for each in (file, *others):
             poll.register(each, select.POLLIN)
