@@ -379,3 +379,21 @@ def test_the_stated_bytes_are_those_that_the_kernel_saw(tmp_path: Path, monkeypa
         seen = int(counter.read_text().split()[1]) - before
         assert values.nbytes == 6 * 64 * 64 * 2
         assert seen <= read_bytes + (1 << 10 if name in EXACT else 40 << 10), name
+
+
+def test_hdf5_links_lead_to_the_linked_file_and_missing_virtual_sources_are_named(tmp_path: Path) -> None:
+    values = np.arange(64, dtype="<i2").reshape(4, 4, 4)
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["image"] = values
+    with h5py.File(tmp_path / "link.h5", "w") as file:
+        file["large"] = np.ones((30, 30, 30))  # so that the linked dataset's offset lies inside this file
+        file["image"] = h5py.ExternalLink("other.h5", "/image")
+        layout = h5py.VirtualLayout((4, 4, 4), "<i2")
+        layout[:] = h5py.VirtualSource("other.h5", "image", (4, 4, 4))
+        file.create_virtual_dataset("virtual", layout)
+    for dataset in ("image", "virtual"):
+        read = open_array(f"{tmp_path / 'link.h5'}::{dataset}").read((slice(0, 4),) * 3)[0]
+        assert np.array_equal(read, values), dataset
+    (tmp_path / "other.h5").rename(tmp_path / "elsewhere.h5")
+    with pytest.raises(DataError, match=r"link.h5::virtual: a virtual dataset of other.h5, which is missing"):
+        open_array(f"{tmp_path / 'link.h5'}::virtual")

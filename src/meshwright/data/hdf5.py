@@ -103,6 +103,17 @@ def _lies_plain(item: Any) -> bool:
     return numpys and written and item.chunks is None and not item.external and not item.is_virtual
 
 
+def _see_sources(item: Any, name: str) -> None:
+    """Raise `DataError` if a virtual dataset's file is missing: HDF5 would give the fill value, and say nothing."""
+    for source in item.virtual_sources() if item.is_virtual else ():
+        file = source.file_name.replace("%%", "%")
+        places = (Path(item.file.filename).parent / file, Path(file))
+        if file != "." and "%" not in source.file_name and not any(place.is_file() for place in places):
+            raise DataError(
+                f"{name}: a virtual dataset of {file}, which is missing; put it beside {item.file.filename}"
+            )
+
+
 def open_hdf5(path: Path, dataset: str) -> RawArray | ChunkedDataset:
     """Open `dataset` of a file, reading no data. Raises `DataError` for what is missing, damaged, or no numbers."""
     name = f"{path}::{dataset}"
@@ -116,7 +127,9 @@ def open_hdf5(path: Path, dataset: str) -> RawArray | ChunkedDataset:
             shape, dtype = tuple(int(size) for size in item.shape or ()), item.dtype
             see_numbers(name, dtype, shape)
             spacing = spacing_of(item.attrs, name)
-            offset = item.id.get_offset() if _lies_plain(item) else None
+            _see_sources(item, name)
+            here = Path(item.file.filename) == path  # an external link leads to another file, and its offset is there
+            offset = item.id.get_offset() if here and _lies_plain(item) else None
             if offset is None:
                 return ChunkedDataset(path, dataset, shape, dtype, item.chunks, spacing)
             return RawArray(path, shape, dtype, int(offset), label=name, spacing_mm=spacing)
