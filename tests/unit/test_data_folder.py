@@ -156,6 +156,16 @@ def test_channels_are_normalised_each_by_itself(how: str, tmp_path: Path) -> Non
     np.testing.assert_allclose(given.image[0, 1].numpy(), ((IMAGES[1] // 3 + 7)[spans] - 10) / 4, rtol=1e-6)
 
 
+def test_channels_of_one_case_have_the_numbers_and_the_orientation_of_all(tmp_path: Path) -> None:
+    four_channels(tmp_path, "files")
+    nibabel.Nifti1Image(IMAGES[1].T, np.diag([-1.0, 1, 1, 1])).to_filename(tmp_path / "images/case1_0001.nii.gz")
+    with pytest.raises(DataError, match=r"case1_0000.nii.gz is stored RAS but .*case1_0001.nii.gz LAS"):
+        find_pairs(tmp_path)
+    (tmp_path / "images/case1_0001.nii.gz").rename(tmp_path / "images/case1_0002.nii.gz")
+    with pytest.raises(DataError, match=r"case case1 has the channels \['_0000', '_0002'\], the first case .*'_0001'"):
+        find_pairs(tmp_path)
+
+
 def test_other_words_can_be_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["raw"], file["truth"] = IMAGES[0], LABELS[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import tracemalloc
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from meshwright.data import retry
 from meshwright.data.nifti import open_volume, see_matching
 from meshwright.data.planes import NiftiArray, Planes, read_box
 from meshwright.errors import DataError
@@ -180,3 +182,31 @@ def test_files_that_do_not_match_are_named_with_both_shapes(tmp_path: Path) -> N
     mirrored = write(tmp_path / "mirror.nii", np.zeros((4, 5, 6), np.uint8), np.diag([-1.0, 1.0, 1.0, 1.0]))
     with pytest.raises(DataError, match=r"is stored RAS but .* LAS"):
         see_matching(first, open_volume(mirrored))
+
+
+def test_a_file_system_that_fails_is_tried_again_and_then_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.nii.gz", np.zeros((4, 5, 6), np.uint8))
+    failures, real = [errno.EIO, errno.ESTALE], nibabel.load
+
+    def load(path: Path) -> object:
+        if failures:
+            raise OSError(failures.pop(), "for a moment")
+        return real(path)
+
+    monkeypatch.setattr(nibabel, "load", load)
+    monkeypatch.setattr(retry, "pause", lambda seconds: None)
+    volume = open_volume(path)
+    assert volume.shape == (4, 5, 6)
+    assert not failures
+    failures.append(errno.EACCES)
+    with pytest.raises(DataError, match=r"a.nii.gz: cannot be read: for a moment"):
+        open_volume(path)
+
+    def read(stream: object, size: int) -> bytes:
+        raise OSError(errno.EIO, "gone")
+
+    monkeypatch.setattr(gzip.GzipFile, "read", read)
+    with pytest.raises(DataError, match=r"a.nii.gz: cannot be read: gone"):
+        read_box(volume, (slice(0, 2), slice(0, 5), slice(0, 6)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import io
 import multiprocessing
 import os
 import stat
@@ -12,11 +15,14 @@ import nibabel
 import numpy as np
 import once_jobs
 import pytest
+import zarr
 
 from meshwright.cluster.launch import launch
 from meshwright.data import once
 from meshwright.data.folder import find_pairs
+from meshwright.data.formats import open_array
 from meshwright.data.source import batch_shape, read_batch
+from meshwright.data.views import Channels, files_of
 from meshwright.data.volumes import make_pairs
 from meshwright.errors import DataError, RankError
 from meshwright.plan.plan import Plan, interval
@@ -122,3 +128,67 @@ def test_a_folder_that_others_can_write_to_is_refused(temporary: Path) -> None:
     folder.chmod(0o700)
     once.once("key", 1, lambda file: file.write(b"x")).close()  # type: ignore[union-attr]
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_disk_that_fills_up_and_a_copy_that_vanishes_stop_nobody(
+    temporary: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(io.BytesIO):
+        """A file whose last block finds no room, neither while it is written nor when it is closed."""
+
+        def close(self) -> None:
+            raise OSError(errno.ENOSPC, "no space")
+
+    def make(file: object) -> None:
+        raise OSError(errno.ENOSPC, "no space")
+
+    with monkeypatch.context() as patch:
+        real = open
+        patch.setattr(once, "open", lambda path, mode: Full() if mode == "w+b" else real(path, mode), raising=False)
+        assert once.once("full", 1, make) is None
+    folder = once._folder()
+    (folder / "gone").symlink_to("nowhere")  # another rank has removed it between listing and looking
+    there = once.once("new", 1, lambda file: file.write(b"x") and None)
+    assert there is not None
+    there.close()
+
+
+def test_a_child_forked_while_a_rank_works_keeps_no_lock(temporary: Path) -> None:
+    children = []
+
+    def make(file: object) -> None:
+        ready, stay = os.pipe()
+        child = os.fork()
+        if child == 0:  # inherits every open file, the lock too
+            os.close(stay)
+            os.read(ready, 1)
+            os._exit(0)
+        os.close(ready)
+        children.append((child, stay))
+
+    try:
+        with open(once._folder() / "key.lock", "ab") as lock:
+            once.once("key", 1, make).close()  # type: ignore[union-attr]
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    finally:
+        for child, stay in children:
+            os.close(stay)
+            os.waitpid(child, 0)
+
+
+def test_a_change_of_any_file_of_an_array_is_another_identity(tmp_path: Path) -> None:
+    group = zarr.create_array(tmp_path / "a.zarr", data=np.arange(64).reshape(4, 4, 4), chunks=(2, 4, 4))
+    np.save(tmp_path / "first.npy", np.zeros((4, 4, 4)))
+    np.save(tmp_path / "second.npy", np.zeros((4, 4, 4)))
+    channels = Channels((open_array(tmp_path / "first.npy"), open_array(tmp_path / "second.npy")))
+    paths = (tmp_path / "a.zarr", *files_of(channels))
+    before = [once.identity(paths)]
+    (chunk,) = (path for path in (tmp_path / "a.zarr").rglob("c/1/0/0"))
+    assert group.shape == (4, 4, 4)
+    for changed in (chunk, tmp_path / "second.npy"):
+        once._inside.cache_clear()  # another process
+        assert once.identity(paths) == before[-1]
+        os.utime(changed, ns=(1, 1))
+        once._inside.cache_clear()
+        before.append(once.identity(paths))
+    assert len(set(before)) == 3

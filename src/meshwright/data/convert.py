@@ -21,7 +21,7 @@ from meshwright.data.arrays import Array, Slab, StoredArray, sizes
 from meshwright.data.folder import stem
 from meshwright.data.formats import open_array
 from meshwright.data.planes import NiftiArray
-from meshwright.data.views import Channels
+from meshwright.data.views import Channels, files_of
 from meshwright.data.volumes import Pair
 from meshwright.errors import DataError
 from meshwright.plan.plan import Plan
@@ -48,7 +48,7 @@ class Target(NamedTuple):
     @property
     def source(self) -> str:
         """What the array is made from, and how: what a call that goes on must find unchanged."""
-        made_from = once.identity(self.array.path, self.array.name)
+        made_from = once.identity(files_of(self.array), self.array.name)
         return f"{made_from} {self.array.shape} {self.chunks} {self.dtype.str}"
 
     @property

@@ -99,8 +99,16 @@ def _two_folders(images: Path, labels: Path, image: str, label: str) -> Iterator
         numbered = _NUMBERED.fullmatch(name)
         case = numbered[1] if numbered and name not in targets and numbered[1] in targets else name
         channels.setdefault(case, []).append(path)
+    expected: list[str] | None = None
     for case, paths in channels.items():
         missing = f"{paths[0]}: there is no label {case}.* in {labels}; each image needs one"
+        numbers = [stem(path).removesuffix(f"_{image}").removeprefix(case) for path in paths]
+        if expected is None and numbers != [""]:
+            expected = numbers
+        if numbers not in ([""], expected):  # two channels of other numbers would be another kind of image in one place
+            missing = f"{paths[0]}: case {case} has the channels {numbers}, the first case {expected}"
+            yield _case([], None, "", "", f"{missing}; give all cases the same")
+            continue
         yield _case(paths, targets.get(case), image, label, missing)
     yield from _left(set(targets) - set(channels), targets, images)
 

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.data.arrays import Array
+from meshwright.data.retry import retried
 from meshwright.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
@@ -66,7 +67,11 @@ def open_volume(path: str | Path) -> Volume:
     with the header is the file decoded to count. Raises `DataError` for a file that is missing, no NIfTI, not 3-D
     (or 4-D with channels), or truncated.
     """
-    path = Path(path)
+    where = Path(path)
+    return retried(lambda: _opened(where), where)
+
+
+def _opened(path: Path) -> Volume:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     nibabel = _nibabel()
@@ -138,9 +143,9 @@ def truncated(volume: Volume, found: int) -> DataError:
     )
 
 
-def see_matching(first: Volume, *others: Volume) -> None:
+def see_matching(*volumes: Volume) -> None:
     """Raise `DataError` unless all files have the shape and the orientation of the first."""
-    for other in others:
+    for first, other in zip(volumes[:1] * len(volumes), volumes[1:], strict=False):
         if other.shape != first.shape:
             raise DataError(
                 f"{first.path} has shape {first.shape} but {other.path} has {other.shape} (D, H, W = z, y, x); "

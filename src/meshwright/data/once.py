@@ -16,14 +16,15 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import BinaryIO
 
 from meshwright.cluster.place import find_place
 from meshwright.cluster.process_group import when_leaving
+from meshwright.data.retry import retried
 from meshwright.errors import DataError
 
 MOST_BYTES = 8 << 30  # kept in the folder; the oldest results make room
@@ -35,11 +36,21 @@ def several_ranks() -> bool:
     return find_place(os.environ).local_ranks > 1
 
 
-def identity(path: Path, *more: object) -> str:
-    """A name for what is computed from the file as it is now, and from `more`."""
-    now = path.stat()
-    facts = (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, *more)
-    return hashlib.blake2b(repr(facts).encode(), digest_size=16).hexdigest()
+def identity(paths: Sequence[Path], *more: object) -> str:
+    """A name for what is computed from files as they are now (of a folder: all files in it), and from `more`."""
+    found = [_state(path, retried(path.stat, path)) for path in paths]
+    return hashlib.blake2b(repr((found, more)).encode(), digest_size=16).hexdigest()
+
+
+def _state(path: Path, now: os.stat_result) -> object:
+    own = str(path), now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns
+    return (own, _inside(path, now.st_mtime_ns)) if stat.S_ISDIR(now.st_mode) else own
+
+
+@lru_cache(maxsize=16)  # one array of many samples is asked for with each of them
+def _inside(folder: Path, changed_ns: int) -> str:
+    found = [_state(path, retried(path.stat, path)) for path in sorted(folder.iterdir())]
+    return hashlib.blake2b(repr(found).encode()).hexdigest()
 
 
 def found(key: str) -> BinaryIO | None:
@@ -55,7 +66,6 @@ def once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: b
     None if there is no room, or, without `wait`, if somebody else is at it. Raises what `make` raises.
     """
     folder = _folder()
-    path = folder / key
     if (there := found(key)) is not None:
         return there
     with open(folder / f"{key}.lock", "ab") as lock:
@@ -65,28 +75,42 @@ def once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: b
             return None
         if (there := found(key)) is not None:
             return there
-        if not _make_room(folder, size_bytes):
-            return None
-        partial = folder / f"{key}.partial"
-        file = open(partial, "w+b")  # noqa: SIM115  the caller reads from it
         try:
-            make(file)
-            file.flush()
-            os.replace(partial, path)
-        except BaseException as error:
+            return _made(folder, key, size_bytes, make)
+        finally:  # closing would not do: a child forked meanwhile has the same lock
+            fcntl.flock(lock, fcntl.LOCK_UN)
+
+
+def _made(folder: Path, key: str, size_bytes: int, make: Callable[[BinaryIO], None]) -> BinaryIO | None:
+    """The file `key`, written now, by whoever holds its lock; None if there is no room."""
+    if not _make_room(folder, size_bytes):
+        return None
+    partial = folder / f"{key}.partial"
+    file = open(partial, "w+b")  # noqa: SIM115  the caller reads from it
+    try:
+        make(file)
+        file.flush()
+        os.replace(partial, folder / key)
+    except BaseException as error:
+        with suppress(OSError):  # closing writes what is left, onto the same full disk
             file.close()
-            partial.unlink(missing_ok=True)
-            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # filled up meanwhile
-                return None
-            raise
-        return file
+        partial.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # filled up meanwhile
+            return None
+        raise
+    return file
 
 
 def _make_room(folder: Path, size_bytes: int) -> bool:
     if size_bytes > MOST_BYTES:
         return False
-    done = [path for path in folder.iterdir() if not path.suffix]
-    kept = sorted((path.stat().st_mtime_ns, path.stat().st_size, path) for path in done)
+    kept = []
+    for path in folder.iterdir():
+        with suppress(FileNotFoundError):  # another rank makes room at the same time
+            if not path.suffix:
+                state = path.stat()
+                kept.append((state.st_mtime_ns, state.st_size, path))
+    kept.sort()
     total = sum(size for _, size, _ in kept)
     for _, size, path in kept:
         free = shutil.disk_usage(folder).free
@@ -119,6 +143,7 @@ def _held(process: int, folder: Path) -> Path:
             _held.cache_clear()
             with users:
                 _empty_if_unused(folder, users)
+                fcntl.flock(users, fcntl.LOCK_UN)  # closing would not do: a forked child has the same lock
 
     when_leaving(leave)
     atexit.register(leave)

@@ -21,7 +21,7 @@ from meshwright.data import once
 from meshwright.data.arrays import SLAB_BYTES, Array, Slab, Spans, checked, sizes
 from meshwright.data.nifti import Volume, truncated
 from meshwright.data.raw import RawArray
-from meshwright.data.retry import retried
+from meshwright.data.retry import retried, unreadable
 from meshwright.errors import DataError
 
 _SKIP_BYTES = 1 << 16  # decoded and dropped at a time
@@ -94,6 +94,8 @@ class Planes:
                 data = stream.read(left if keep else min(left, _SKIP_BYTES))
             except (EOFError, zlib.error, gzip.BadGzipFile):
                 data = b""
+            except OSError as error:
+                raise unreadable(error, self.volume.path) from error
             self.decoded_bytes += len(data)
             left -= len(data)
             if not data or (keep and left):
@@ -126,7 +128,7 @@ def _uncompressed(reader: Planes, *, whole: bool, wait: bool = True) -> RawArray
         return RawArray(volume.path, shape, volume.dtype, volume.offset_bytes)
     if not once.several_ranks():
         return None
-    key = once.identity(volume.path, "decoded")
+    key = once.identity((volume.path,), "decoded", volume.offset_bytes, volume.data_bytes)
     file = once.found(key) if whole else _copy(volume, reader, key, wait=wait)
     name = f"the decoded copy of {volume.path}"
     return None if file is None else RawArray(volume.path, shape, volume.dtype, 0, label=name, handle=file, shared=True)

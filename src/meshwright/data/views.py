@@ -111,3 +111,8 @@ class Channels:
 
     def scale(self, raw: Array) -> Array:
         return raw
+
+
+def files_of(array: StoredArray) -> tuple[Path, ...]:
+    """Every file or folder that an array is read from."""
+    return tuple(part.path for part in array.parts) if isinstance(array, Channels) else (array.path,)

@@ -20,6 +20,7 @@ from meshwright.data.measure import MOST_CLASSES, Spent, count_classes, intensit
 from meshwright.data.nifti import see_matching
 from meshwright.data.planes import NiftiArray
 from meshwright.data.source import LABEL, Field, Part, kept
+from meshwright.data.views import Channels, files_of
 from meshwright.errors import DataError
 
 
@@ -40,8 +41,8 @@ class Pair:
                 f"{self.image.name} has shape {shape} but {self.label.name} has {other} (channels, then D, H, W); "
                 "an image and its label must lie on the same grid: resample one to the other"
             )
-        if isinstance(self.image, NiftiArray) and isinstance(self.label, NiftiArray):
-            see_matching(self.image.volume, self.label.volume)
+        parts = self.image.parts if isinstance(self.image, Channels) else (self.image,)
+        see_matching(*(array.volume for array in (*parts, self.label) if isinstance(array, NiftiArray)))
 
     @property
     def channels(self) -> int:
@@ -124,7 +125,7 @@ class Pairs:
             def make(file: BinaryIO) -> None:
                 file.write(json.dumps(intensity(image, spent)).encode())
 
-            key = once.identity(image.path, image.name, "intensity") if once.several_ranks() else None
+            key = once.identity(files_of(image), image.name, "intensity") if once.several_ranks() else None
             file = once.once(key, 0, make) if key is not None else None
             if file is None:
                 self._measured[index] = intensity(image, spent)
