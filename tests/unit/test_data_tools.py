@@ -63,6 +63,14 @@ def test_the_index_finds_what_is_missing_changed_or_new(tmp_path: Path, capsys: 
         sources(settings)
 
 
+def test_a_folder_that_takes_no_index_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = two_folders(tmp_path)
+    (folder / index._PARTIAL).mkdir()
+    monkeypatch.setattr(index, "_noted", lambda folder: {})
+    with pytest.raises(DataError, match=r"the index cannot be written: Is a directory"):
+        index.write_index(folder)
+
+
 def test_an_index_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder, read = two_folders(tmp_path), []
     real = index.digest
@@ -78,7 +86,7 @@ def test_an_index_goes_on_after_a_kill(tmp_path: Path, monkeypatch: pytest.Monke
         index.write_index(folder, workers=1)
     assert index.read_index(folder) is None
     noted = (folder / index._PARTIAL).read_text()
-    (folder / index._PARTIAL).write_text(noted + '["torn')
+    (folder / index._PARTIAL).write_text(noted + '["torn["images/case0.nii.gz", 1, 1, "0"]\n["torn')
     again: list[str] = []
     monkeypatch.setattr(index, "digest", lambda path: (again.append(path.name), real(path))[1])
     assert index.write_index(folder) == 2 * COUNT

@@ -12,6 +12,7 @@ import os
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -72,6 +73,21 @@ def write_index(folder: Path, done: Callable[[int], None] = lambda size: None, w
     names, known = data_files(folder), _noted(folder)
     if not names:
         raise DataError(f"{folder}: no data files to index; known endings: {', '.join(ENDINGS)}")
+    try:
+        return _written(folder, names, known, done, workers)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: the index cannot be written: {error.strerror or error}. Make room there, or the folder writable"
+        ) from None
+
+
+def _written(
+    folder: Path,
+    names: list[str],
+    known: dict[str, tuple[int, int, Entry]],
+    done: Callable[[int], None],
+    workers: int,
+) -> int:
     found: dict[str, Entry] = {}
     with open(folder / _PARTIAL, "a", encoding="utf-8") as notes, ThreadPoolExecutor(workers) as pool:
 
@@ -97,12 +113,13 @@ def write_index(folder: Path, done: Callable[[int], None] = lambda size: None, w
 
 
 def _noted(folder: Path) -> dict[str, tuple[int, int, Entry]]:
-    """What an earlier call has finished: name → length, time of change, entry. A torn last line is left out."""
+    """What an earlier call has finished: name → length, time of change, entry. Torn lines are left out."""
     found: dict[str, tuple[int, int, Entry]] = {}
     if (folder / _PARTIAL).exists():
         for line in (folder / _PARTIAL).read_text(encoding="utf-8").split("\n")[:-1]:
-            name, size, changed_ns, text = json.loads(line)
-            found[name] = (size, changed_ns, Entry(size, text))
+            with suppress(ValueError):  # torn, and gone on with behind it
+                name, size, changed_ns, text = json.loads(line)
+                found[name] = (size, changed_ns, Entry(size, text))
     return found
 
 
