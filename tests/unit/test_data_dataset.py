@@ -96,6 +96,7 @@ def test_what_does_not_fit_is_named() -> None:
         ({"image": image}, r"list\[1\] has the fields \['image'\], item 0 has"),
         ((image, image + 0.5), "label values from 0.5 to 0.5"),
         ((image, image - 1), "label values from -1"),
+        ((image, (image + 256).to(torch.uint16)), "label values from 256"),
     ):
         with pytest.raises(DataError, match=words):
             DatasetSource([(image, image), second]).read(1, everything)  # type: ignore[arg-type]
@@ -117,3 +118,12 @@ def test_reads_are_counted_until_they_are_taken() -> None:
     assert counted.take().read_bytes == 0
     assert (kept.names, kept.classes, kept.fields) == (counted.names, ("no", "yes"), counted.fields)
     assert (kept.shape(1), kept.spacing_mm(1)) == (SHAPE, (1.0, 1.0, 1.0))
+
+
+def test_a_field_keeps_its_type_and_labels_may_be_uint16() -> None:
+    image, everything = torch.zeros(3, 4, 5), (slice(0, 3), slice(0, 4), slice(0, 5))
+    label = torch.ones(3, 4, 5, dtype=torch.uint16)
+    assert DatasetSource([(image, label)]).read(0, everything).label.sum() == 60
+    source = DatasetSource([{"image": image, "age": torch.tensor([3])}, {"image": image, "age": torch.tensor([3.7])}])
+    with pytest.raises(DataError, match=r"list\[1\]: age is torch.float32, in item 0 torch.int64"):
+        source.read(1, everything)

@@ -97,6 +97,10 @@ class DatasetSource:
             whole_bytes += tensor.numel() * tensor.element_size()
             ideal_bytes += part.numel() * part.element_size()
             cut[name] = _checked(part, self.names[index]) if name == "label" else part
+            if name not in ("image", "label") and part.dtype != field.dtype:
+                raise DataError(
+                    f"{self.names[index]}: {name} is {part.dtype}, in item 0 {field.dtype}; give all items one type"
+                )
             cut[name] = cut[name].to(field.dtype, copy=True)  # a view would keep the whole item
         return kept(cut, read_bytes=whole_bytes, ideal_read_bytes=ideal_bytes, transient_bytes=whole_bytes)
 
@@ -149,6 +153,8 @@ def _tensor(value: Any, what: str) -> Tensor:
 def _checked(label: Tensor, name: str) -> Tensor:
     if label.dtype == torch.bool or not label.numel():
         return label
+    if label.dtype in (torch.uint16, torch.uint32):  # of which torch finds no minimum
+        label = label.to(torch.int64)
     broken = label.is_floating_point() and bool((label != label.floor()).any())
     if broken or label.min() < 0 or label.max() > 255:
         raise DataError(
