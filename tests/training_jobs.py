@@ -25,6 +25,7 @@ from meshwright.errors import MismatchError, NumericsError
 from meshwright.parallel.apply import parallelize, shard
 from meshwright.plan.plan import Plan
 from meshwright.train import loop, nonfinite, rundir
+from meshwright.train.job import build
 
 SHAPE = (13, 10, 8)  # D, H, W: uneven over 2 and over 4 ranks
 STEPS = 6
@@ -87,6 +88,12 @@ def bits(run: Path) -> str:
 
 
 # -- what ranks run ----------------------------------------------------------------------------------------------------
+
+
+def build_on_own_files(settings: Config, folders: list[str]) -> None:
+    """Each rank sees a folder of its own, as where the nodes of a cluster have local disks."""
+    own = config.override(settings, f"data.path={folders[dist.get_rank()]}")
+    build(own, Plan.uniform(depth=2))
 
 
 def run_with_little_space(settings: Config, run: str) -> None:

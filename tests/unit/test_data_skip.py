@@ -10,11 +10,13 @@ import numpy as np
 import pytest
 import zarr
 
+from meshwright.cluster.launch import launch
 from meshwright.data.counted import Counted
 from meshwright.data.dataset import DatasetSource
 from meshwright.errors import DataError, RankError
+from meshwright.train import loop, rundir
 from meshwright.train.skipping import agreed, replaced
-from training_jobs import job, losses, train
+from training_jobs import build_on_own_files, job, last, losses, train
 
 SHAPE = (12, 8, 8)
 COUNT = 4
@@ -60,6 +62,26 @@ def test_what_one_rank_cannot_read_all_leave_out(tmp_path: Path) -> None:
     train(job(settings, f"data.path={tmp_path}/same", ranks=2), tmp_path / "b")
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
     assert [json.loads((tmp_path / run / "summary.json").read_text())["left_out"] for run in "ab"] == [1, 0]
+
+
+def test_ranks_that_see_other_files_do_not_train(tmp_path: Path) -> None:
+    settings = write(tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    shutil.rmtree(tmp_path / "b/1.zarr")
+    folders = [str(tmp_path / name) for name in "ab"]
+    with pytest.raises(RankError, match="what can be opened of the data differs between ranks"):
+        launch(build_on_own_files, 2, (job(settings, ranks=2), folders), threads=1)
+
+
+def test_a_run_that_goes_on_with_other_samples_says_so(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    settings = write(tmp_path / "data")
+    train(job(settings, "train.steps=1"), tmp_path / "run")
+    assert last(tmp_path / "run").extra["samples"].startswith(f"{COUNT - 1} (")
+    shutil.copytree(tmp_path / "data/1.zarr", tmp_path / "data/0a.zarr")
+    again = job(settings, "train.steps=2")
+    rundir.prepare(tmp_path / "run", resume=True)
+    launch(loop.run, 1, (again, str(tmp_path / "run"), True), threads=1)
+    assert "other samples than before: 3 (" in " ".join(capfd.readouterr().out.split())
 
 
 def test_the_next_one_takes_its_place() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -63,6 +64,12 @@ class Job:
     )  # by epoch, from 1; epochs that read nothing are left out
     bad: tuple[str, ...] = ()  # why samples were left out
     begin: tuple[int, int] = (0, 0)  # steps, and samples seen, before this run: it may have had another batch size
+
+    @property
+    def samples(self) -> str:
+        """What is trained on: how many samples, and a digest of their names."""
+        names = "\n".join(self.train.names).encode()
+        return f"{len(self.train.names)} ({hashlib.blake2b(names, digest_size=4).hexdigest()})"
 
     def at(self, step: int) -> Sampler:
         """Where `step` (from 1) begins in the order of samples."""
@@ -162,9 +169,9 @@ def build(
     batch_size(config, plan)
     bad: list[str] = []
     train, validation = sources(config, bad)
-    if split and config.data.on_bad == "skip":  # ranks that see other files would train on other samples
-        names = {"samples": "\n".join((*train.names, *validation.names))}
-        agree.assert_same_on_all_ranks(names, "what can be opened of the data")
+    if split:  # ranks that see other files would put samples together of parts that do not belong together
+        seen = [f"{s.names[i]} {s.shape(i)}" for s in (train, validation) for i in range(len(s.names))]
+        agree.assert_same_on_all_ranks({"samples": "\n".join(seen)}, "what can be opened of the data")
     device = default_device()
     model = make_model(config, len(train.classes), train.fields["image"].sizes[0])
     checkpoint = None

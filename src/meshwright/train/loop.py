@@ -46,7 +46,7 @@ def run(config: Config, run_dir: str, resume: bool = False, quiet: bool = False)
             outcome.begin(path, job, step)
         stopped = 0
         with Display(config.train.steps, step, job.train.classes, quiet=quiet or job.rank > 0) as display:
-            for line in outcome.resumed(saved, checkpoint, config, plan) if resume else []:
+            for line in outcome.resumed(saved, checkpoint, job) if resume else []:
                 display.say(line)
             said = 0
             while step < config.train.steps and not stopped:
@@ -81,6 +81,7 @@ def deterministic() -> None:
 def save(job: Job, step: int, path: Path) -> None:
     """Write the checkpoint after `step`. Collective; rank 0 writes."""
     extra = {"config": job.config.as_dict(), "plan": job.plan.as_dict(), "seen": job.at(step + 1).seen}
+    extra["samples"] = job.samples
     checkpoint = state.collect(job.model, job.optimizer, step, extra)
     if job.rank == 0:
         write.write(path / rundir.CHECKPOINTS, checkpoint, job.config.checkpoint.keep)

@@ -10,10 +10,9 @@ import torch
 from meshwright.checkpoint.format import Checkpoint
 from meshwright.cluster import agree
 from meshwright.cluster.machine import describe
-from meshwright.config import Config
 from meshwright.data.source import ReadStats
 from meshwright.parallel.apply import report
-from meshwright.plan.plan import Plan, interval
+from meshwright.plan.plan import interval
 from meshwright.train import memory, rundir
 from meshwright.train.job import Job, is_folder
 from meshwright.train.validate import fullest_planes
@@ -31,10 +30,11 @@ def begin(path: Path, job: Job, step: int) -> None:
         rundir.forget_after(path / name, step)
 
 
-def resumed(saved: Path | None, checkpoint: Checkpoint | None, config: Config, plan: Plan) -> list[str]:
+def resumed(saved: Path | None, checkpoint: Checkpoint | None, job: Job) -> list[str]:
     """Lines for the user: where the run goes on, and which settings make it differ from an uninterrupted one."""
     if saved is None or checkpoint is None:
         return ["no checkpoint was written before the run ended: starting from the first step"]
+    config, plan = job.config, job.plan
     lines = [f"going on from {saved.name}, step {checkpoint.step} of {config.train.steps}"]
     old, new = dict(checkpoint.extra["config"]), config.as_dict()
     changed = [
@@ -45,6 +45,11 @@ def resumed(saved: Path | None, checkpoint: Checkpoint | None, config: Config, p
     ]
     if changed:
         lines.append(f"other settings than before, so not the run that was interrupted: {'; '.join(changed)}")
+    if (before := checkpoint.extra.get("samples", job.samples)) != job.samples:
+        lines.append(
+            f"other samples than before: {before}, now {job.samples}: the order is another one, so in this epoch some "
+            "may come twice and others not at all"
+        )
     if checkpoint.extra["plan"] != plan.as_dict():
         lines.append(f"another plan than before ({plan}): equal within rounding, not to the bit")
     return lines
