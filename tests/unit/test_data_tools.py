@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -199,6 +200,25 @@ def test_a_conversion_of_another_source_begins_again(tmp_path: Path) -> None:
     first.notes.write_text("something else\n" + "done\n" * 7)
     convert.convert(first, "npy")
     np.testing.assert_array_equal(np.load(first.path), IMAGES[0])
+
+
+def test_an_older_result_and_two_calls_at_once_are_refused(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    source.mkdir()
+    two_folders(source)
+    target = convert.targets(find_pairs(source), tmp_path / "target", "hdf5", Plan.uniform())[0]
+    target.path.parent.mkdir(parents=True)
+    with open(target.notes, "a") as notes:
+        fcntl.flock(notes, fcntl.LOCK_EX)
+        with pytest.raises(DataError, match=r"case0.h5: another call is writing it"):
+            convert.convert(target, "hdf5")
+    convert.convert(target, "hdf5")
+    convert.convert(target, "hdf5")
+    changed_ns = target.path.stat().st_mtime_ns + 1
+    os.utime(target.array.path, ns=(changed_ns, changed_ns))
+    with pytest.raises(DataError, match=r"case0.h5 was made before .*case0.nii.gz changed. Remove it"):
+        convert.convert(target, "hdf5")
+    assert not [path for path in target.path.parent.iterdir() if path.name.startswith(".")]
 
 
 def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

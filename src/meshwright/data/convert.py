@@ -7,12 +7,13 @@ cannot be trusted, so that one array begins again.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TextIO
 
 import numpy as np
 
@@ -106,11 +107,13 @@ def convert(target: Target, kind: Format, done: Callable[[int], None] = lambda s
         done(math.prod(target.array.shape) * target.dtype.itemsize)
         return
     target.path.parent.mkdir(parents=True, exist_ok=True)
-    finished = _finished(target) if kind != "hdf5" else 0
     writer = {"zarr": _zarr, "hdf5": _hdf5, "npy": _npy}[kind]
     try:
-        with open(target.notes, "a" if finished else "w", encoding="utf-8") as notes:
+        with open(target.notes, "a", encoding="utf-8") as notes:
+            _alone(target, notes)
+            finished = _finished(target) if kind != "hdf5" else 0
             if not finished:
+                notes.truncate(0)
                 notes.write(target.source + "\n")
             write, close = writer(target, finished > 0)
             for number, (where, values) in enumerate(_slabs(target.array, target.chunks[-3])):
@@ -120,10 +123,21 @@ def convert(target: Target, kind: Format, done: Callable[[int], None] = lambda s
                     notes.flush()
                 done(math.prod(sizes(where)) * target.dtype.itemsize)
             close()
+            os.replace(target.partial, target.path)
+            target.notes.unlink()
     except OSError as error:
         raise DataError(f"{target.path}: cannot be written: {error.strerror or error}") from None
-    os.replace(target.partial, target.path)
-    target.notes.unlink()
+
+
+def _alone(target: Target, notes: TextIO) -> None:
+    """Hold the lock of the notes until they are closed. Raises `DataError` if another call has it, or is done."""
+    try:
+        fcntl.flock(notes, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{target.path}: another call is writing it; wait until it has ended") from None
+    if target.path.exists():
+        target.notes.unlink(missing_ok=True)
+        raise DataError(f"{target.path}: another call has just written it; call again")
 
 
 def _see_same(target: Target) -> None:
@@ -134,6 +148,9 @@ def _see_same(target: Target) -> None:
             f"{target.path} exists and is another array: shape {there.shape}, {there.dtype}, chunks {there.chunks}; "
             f"now {target.array.shape}, {target.dtype}, {target.chunks} is wanted. Remove it, or choose another folder."
         )
+    newer = [path for path in files_of(target.array) if path.stat().st_mtime_ns > target.path.stat().st_mtime_ns]
+    if newer:
+        raise DataError(f"{target.path} was made before {newer[0]} changed. Remove it, so that it is made anew.")
 
 
 def _finished(target: Target) -> int:
