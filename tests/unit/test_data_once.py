@@ -146,6 +146,9 @@ def test_a_disk_that_fills_up_and_a_copy_that_vanishes_stop_nobody(
         real = open
         patch.setattr(once, "open", lambda path, mode: Full() if mode == "w+b" else real(path, mode), raising=False)
         assert once.once("full", 1, make) is None
+    with monkeypatch.context() as patch:  # not even a folder fits
+        patch.setattr(once, "_folder", lambda: make(None))
+        assert (once.found("key"), once.once("key", 1, make)) == (None, None)
     folder = once._folder()
     (folder / "gone").symlink_to("nowhere")  # another rank has removed it between listing and looking
     there = once.once("new", 1, lambda file: file.write(b"x") and None)

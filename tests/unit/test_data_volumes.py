@@ -91,6 +91,12 @@ def test_an_image_without_a_usable_spread_is_named(folder: Path, value: float, m
     write(folder / "image_0.nii.gz", np.full(SHAPE, value, np.float32))
     with pytest.raises(DataError, match=f"image_0.nii.gz: .*{message}"):
         intensity(pairs(folder).pairs[0].image)
+    if value != 0:
+        given = open_pairs(f"{folder}/image_*", f"{folder}/label_*", CLASSES, (0.0, 1.0))
+        with pytest.raises(DataError, match=f"image_0.nii.gz: .*{message}"):
+            given.read(0, (slice(0, 1),) * 3)
+    with pytest.raises(DataError, match="both numbers must be finite"):
+        open_pairs(f"{folder}/image_*", f"{folder}/label_*", CLASSES, (float("nan"), 1.0))
 
 
 def test_patterns_that_find_nothing_or_not_the_same_are_named(folder: Path) -> None:
@@ -112,6 +118,9 @@ def test_the_last_pairs_are_held_out(folder: Path) -> None:
     assert (train.names, validate.names) == (("image_0.nii.gz", "image_1.nii.gz"), ("image_2.nii.gz",))
     with pytest.raises(DataError, match=r"1 pair.* leave nothing to train on"):
         hold_out(validate)
+    for fraction in (-0.1, 1.0, float("nan")):
+        with pytest.raises(DataError, match=r"data.held_out = .*: a share of 0 or more"):
+            hold_out(pairs(folder), fraction)
 
 
 def test_a_batch_has_the_samples_and_the_box_of_its_rank(folder: Path) -> None:

@@ -28,6 +28,7 @@ from meshwright.data.retry import retried
 from meshwright.errors import DataError
 
 MOST_BYTES = 8 << 30  # kept in the folder; the oldest results make room
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 _FREE_FACTOR = 2  # a result must leave as much free as it takes
 
 
@@ -55,9 +56,12 @@ def _inside(folder: Path, changed_ns: int) -> str:
 
 def found(key: str) -> BinaryIO | None:
     """The file `key`, open for reading, if somebody has written it."""
-    with suppress(FileNotFoundError):
+    try:
         return open(_folder() / key, "rb")
-    return None
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, *_NO_ROOM):
+            raise
+        return None
 
 
 def once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: bool = True) -> BinaryIO | None:
@@ -65,6 +69,15 @@ def once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: b
 
     None if there is no room, or, without `wait`, if somebody else is at it. Raises what `make` raises.
     """
+    try:
+        return _once(key, size_bytes, make, wait=wait)
+    except OSError as error:
+        if error.errno not in _NO_ROOM:
+            raise
+        return None
+
+
+def _once(key: str, size_bytes: int, make: Callable[[BinaryIO], None], *, wait: bool) -> BinaryIO | None:
     folder = _folder()
     if (there := found(key)) is not None:
         return there
@@ -91,12 +104,10 @@ def _made(folder: Path, key: str, size_bytes: int, make: Callable[[BinaryIO], No
         make(file)
         file.flush()
         os.replace(partial, folder / key)
-    except BaseException as error:
+    except BaseException:
         with suppress(OSError):  # closing writes what is left, onto the same full disk
             file.close()
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):  # filled up meanwhile
-            return None
         raise
     return file
 

@@ -101,6 +101,8 @@ class Pairs:
         target, scales = (image, scales) if len(image_box) == 4 else (image[0], scales[0])
         for where, values in spent.values(pair.image, image_box):
             centre, spread = (scales[where[0], 0], scales[where[0], 1]) if len(image_box) == 4 else scales
+            if self.intensity is not None and not np.isfinite(values).all():  # else found while it was measured
+                raise DataError(f"{pair.image.name}: contains NaN or infinity; replace these voxels before training")
             values -= centre
             values /= spread
             target[where] = values
@@ -171,8 +173,11 @@ def make_pairs(
     """
     if classes and not 2 <= len(classes) <= MOST_CLASSES:
         raise DataError(f"data.classes names {len(classes)} classes; 2 to {MOST_CLASSES} are possible")
-    if intensity is not None and not intensity[1] > 0:
-        raise DataError(f"data.intensity is {list(intensity)}; the second number, the spread, must be above 0")
+    if intensity is not None and not (math.isfinite(intensity[0]) and 0 < intensity[1] < math.inf):
+        raise DataError(
+            f"data.intensity is {list(intensity)}; both numbers must be finite, and the second, the spread, must be "
+            "above 0"
+        )
     for pair in pairs[1:]:
         if pair.channels != pairs[0].channels:
             reason = (
@@ -226,6 +231,8 @@ def hold_out(source: Pairs, fraction: float = 0.2) -> tuple[Pairs, Pairs]:
 
     Raises `DataError` below 2 pairs.
     """
+    if not 0 <= fraction < 1:
+        raise DataError(f"data.held_out = {fraction}: a share of 0 or more and less than 1 is needed")
     count = len(source.pairs)
     held = max(1, round(fraction * count))
     if held >= count:
