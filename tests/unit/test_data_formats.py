@@ -397,3 +397,17 @@ def test_hdf5_links_lead_to_the_linked_file_and_missing_virtual_sources_are_name
     (tmp_path / "other.h5").rename(tmp_path / "elsewhere.h5")
     with pytest.raises(DataError, match=r"link.h5::virtual: a virtual dataset of other.h5, which is missing"):
         open_array(f"{tmp_path / 'link.h5'}::virtual")
+
+
+def test_numbers_that_are_not_the_values_yet_are_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        item = file.create_dataset("image", data=np.zeros((2, 3, 4), np.int16))
+        item.attrs["scale_factor"], item.attrs["add_offset"] = 1.0, np.array([0.0])
+    assert open_array(tmp_path / "a.h5").shape == (2, 3, 4)
+    with h5py.File(tmp_path / "a.h5", "r+") as file:
+        file["image"].attrs["scale_factor"] = 0.1
+    array = zarr.create_array(tmp_path / "a.zarr", data=np.zeros((2, 3, 4)), chunks=(2, 3, 4))
+    array.attrs["add_offset"] = -5
+    for name, attribute in (("a.h5", "scale_factor"), ("a.zarr", "add_offset")):
+        with pytest.raises(DataError, match=f"{name}.*: the attribute {attribute} is .*write the values themselves"):
+            open_array(tmp_path / name)

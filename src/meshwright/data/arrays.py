@@ -138,7 +138,14 @@ def chunk_bytes(array: StoredArray | RandomAccess, spans: Sequence[slice]) -> in
 
 
 def spacing_of(attributes: Mapping[str, Any], name: str) -> tuple[float, float, float] | None:
-    """The attribute `spacing_mm` (D, H, W) of an array, if it has one. Raises `DataError` for anything else there."""
+    """The attribute `spacing_mm` (D, H, W) of an array, if it has one. Raises `DataError` for anything else there, and
+    for attributes by which netCDF says that the stored numbers are not the values yet."""
+    for scaling, neutral in (("scale_factor", 1), ("add_offset", 0)):
+        if scaling in attributes and not np.all(np.equal(attributes[scaling], neutral)):
+            raise DataError(
+                f"{name}: the attribute {scaling} is {attributes[scaling]!r}; numbers that have to be scaled first are "
+                "not read here: write the values themselves, without this attribute"
+            )
     raw = attributes.get("spacing_mm")
     if raw is None:
         return None
