@@ -64,6 +64,19 @@ def test_the_index_finds_what_is_missing_changed_or_new(tmp_path: Path, capsys: 
         sources(settings)
 
 
+def test_a_sample_of_which_nothing_is_left_is_missed(tmp_path: Path) -> None:
+    folder = two_folders(tmp_path)
+    assert run("data", "index", folder) == 0
+    assert len(find_pairs(folder)) == COUNT
+    (folder / "images/case1.nii.gz").unlink()
+    (folder / "labels/case1.npy").unlink()
+    with pytest.raises(DataError, match=r"case1.nii.gz: it is missing, and 1 more of the 6 in .*meshwright data index"):
+        find_pairs(folder)
+    reasons: list[str] = []
+    assert len(find_pairs(folder, bad=reasons)) == COUNT - 1
+    assert len(reasons) == 1
+
+
 def test_a_folder_that_takes_no_index_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = two_folders(tmp_path)
     (folder / index._PARTIAL).mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 from meshwright.data import hdf5, zarrs
 from meshwright.data.arrays import StoredArray
 from meshwright.data.formats import ENDINGS, HDF5, ZARR, ending, open_array
-from meshwright.data.index import see_lengths
+from meshwright.data.index import missing_file, see_lengths
 from meshwright.data.views import Channels, Sample
 from meshwright.data.volumes import Pair, opened
 from meshwright.errors import DataError
@@ -61,6 +61,10 @@ def find_pairs(
             + (f"; left out: {'; '.join(reasons)}" if reasons else "")
         )
     pairs = next(iter(found.values()))
+    if (gone := missing_file(path)) is not None:
+        if bad is None:
+            raise DataError(gone)
+        bad.append(gone)
     return tuple(opened([lambda pair=pair: [_as_indexed(path, pair)] for pair in pairs], bad))  # type: ignore[misc]
 
 

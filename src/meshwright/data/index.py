@@ -160,6 +160,27 @@ def see_lengths(folder: Path, inside: Path) -> None:
             )
 
 
+def missing_file(folder: Path) -> str | None:
+    """What to say of the first file of the folder's index (of a Zarr folder: of the whole folder) that is not there.
+
+    Files that a sample consists of are looked at with it; a sample of which nothing is left nobody would miss.
+    """
+    _, order = _lengths(folder, (folder / INDEX).stat().st_mtime_ns if (folder / INDEX).is_file() else None)
+    whole = dict.fromkeys(_outermost(name) for name in order)
+    gone = [name for name in whole if not (folder / name).exists()]
+    if not gone:
+        return None
+    return (
+        f"{folder / gone[0]}: it is missing, and {len(gone) - 1} more of the {len(whole)} in {folder / INDEX}. Fetch "
+        f"it again, or write the index again: meshwright data index {folder}"
+    )
+
+
+def _outermost(name: str) -> str:
+    parts = name.split("/")
+    return "/".join(parts[: next((at for at, part in enumerate(parts, 1) if ending(part) in ZARR), len(parts))])
+
+
 @lru_cache(maxsize=4)
 def _lengths(folder: Path, changed_ns: int | None) -> tuple[dict[str, int], list[str]]:
     """The lengths of the index and its names in order, read once while it stays as it is."""
