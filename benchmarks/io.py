@@ -5,20 +5,23 @@
     python benchmarks/io.py rereading                  # batches from the store ÷ read from their files each time
     python benchmarks/io.py layouts                    # whole samples read and parts given away ÷ own parts read
     python benchmarks/io.py memory                     # memory of the store and its pipeline ÷ budget
+    python benchmarks/io.py formats                    # bytes read ÷ bytes of the parts, each format (io_formats.py)
+    python benchmarks/io.py loaders --rounds 9         # against DataLoader and MONAI's CacheDataset (io_loaders.py)
 
-Each claim runs on two one-thread ranks (`--ranks`). Files are written to a temporary folder first, so they lie in the
-page cache; where `/proc/sys/vm/drop_caches` may be written (`--cold`) they are read from the disk.
+The first four run on two one-thread ranks (`--ranks`), `formats` on four, `loaders` on one and on two. Files are
+written to a temporary folder first, so they lie in the page cache; `formats` and `loaders` take them out of it again
+before each reading where the system can (`posix_fadvise`), the others with `--cold`. Each table says what was done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,10 @@ import nibabel
 import numpy as np
 import torch
 import torch.distributed as dist
+from io_formats import formats
+from io_loaders import loaders
+from io_pages import is_cold, said
+from spatial import barrier
 
 import meshwright as mw
 from meshwright.data import sampler
@@ -68,25 +75,8 @@ def write_files(folder: str, edge: int, samples: int = SAMPLES) -> None:
             nibabel.save(nibabel.Nifti1Image(values.T, np.eye(4)), f"{folder}/{i:03d}-{name}.nii.gz")
 
 
-def is_cold(wanted: bool) -> bool:
-    """Empty the page cache if that is wanted and allowed."""
-    if not wanted:
-        return False
-    os.sync()
-    try:
-        Path("/proc/sys/vm/drop_caches").write_text("3", encoding="ascii")
-    except OSError:
-        return False
-    return True
-
-
 def order_of(samples: int, size: int) -> Callable[[int], tuple[int, ...]]:
     return lambda step: sampler.batch(0, step, samples, size)
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def splits(ranks: int) -> dict[str, mw.Plan]:
@@ -141,7 +131,7 @@ def rereading(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[
             size = ranks if name == "sample" else 1
             order, rank, epoch = order_of(SAMPLES, size), dist.get_rank(), SAMPLES // size
             rows, _, *spans = mw.interval((size, 1, *source.shape(0)), plan, rank)
-            is_cold(cold)
+            is_cold(cold, folder)
             barrier()
             begin_s = time.perf_counter()
             for step in range(epoch, 2 * epoch):
@@ -165,7 +155,7 @@ def layouts(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[st
     plan, seconds = splits(ranks)["depth"], {}
     for name, reading in (("own part", plan), ("sample-parallel", splits(ranks)["sample"])):
         for turn in range(2):  # once to bring both to the same state of the page cache
-            is_cold(cold)
+            is_cold(cold, folder)
             barrier()
             begin_s = time.perf_counter()
             with Store(
@@ -217,34 +207,51 @@ def memory(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str
         yield f"memory, {name}: parts from disk an epoch", store.cache_stats.from_disk / 3
 
 
-CLAIMS = {claim.__name__: claim for claim in (resident, rereading, layouts, memory)}
+ON_RANKS = {claim.__name__: claim for claim in (resident, rereading, layouts, memory)}
 
 
 def measured(name: str, folder: str, edge: int, ranks: int, cold: bool) -> list[tuple[str, float]]:
     """Runs on each rank."""
     torch.set_num_threads(1)
-    return list(CLAIMS[name](folder, edge, ranks, cold))
+    return list(ON_RANKS[name](folder, edge, ranks, cold))
+
+
+def on_ranks(name: str, folder: str, args: argparse.Namespace) -> dict[str, float]:
+    """Print what each rank has measured; returns the worst of each figure."""
+    write_files(folder, args.edge)
+    print(f"\n{name}: {SAMPLES} samples, edge {args.edge}, {args.ranks} ranks; {said(is_cold(args.cold, folder))}")
+    found = mw.launch(measured, args.ranks, (name, folder, args.edge, args.ranks, args.cold), threads=1)
+    figures = {}
+    for lines in zip(*found, strict=True):
+        what, worst = lines[0][0], max(value for _, value in lines)
+        figures[what] = worst
+        print(f"  {what:52s} {worst:8.3f}  (each rank: {', '.join(f'{value:.3f}' for _, value in lines)})")
+    return figures
+
+
+CLAIMS: dict[str, Callable[[str, argparse.Namespace], dict[str, float]]] = {
+    **{name: partial(on_ranks, name) for name in ON_RANKS},
+    "formats": lambda folder, args: formats(folder, args.edge),
+    "loaders": lambda folder, args: loaders(folder, args.edge, args.rounds),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("claims", nargs="*", help=f"of {', '.join(CLAIMS)}; all of them without")
+    parser.add_argument("--claims", nargs="+", default=[], dest="more", metavar="CLAIM", help="the same")
     parser.add_argument("--edge", type=int, default=96)
-    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--ranks", type=int, default=2, help="of the first four claims")
+    parser.add_argument("--rounds", type=int, default=5, help="of `loaders`")
     parser.add_argument("--cold", action="store_true", help="empty the page cache before each reading, if permitted")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
-    figures = {}
-    with tempfile.TemporaryDirectory() as folder:
-        write_files(folder, args.edge)
-        print(f"{SAMPLES} samples of {args.edge} cubed, {args.ranks} ranks; page cache", end=" ")
-        print("emptied before reading" if is_cold(args.cold) else "warm: the files were just written")
-        for name in args.claims or CLAIMS:
-            found = mw.launch(measured, args.ranks, (name, folder, args.edge, args.ranks, args.cold), threads=1)
-            for lines in zip(*found, strict=True):
-                what, worst = lines[0][0], max(value for _, value in lines)
-                figures[what] = worst
-                print(f"  {what:52s} {worst:8.3f}  (each rank: {', '.join(f'{value:.3f}' for _, value in lines)})")
+    names, figures = [*args.claims, *args.more] or list(CLAIMS), {}
+    if unknown := [name for name in names if name not in CLAIMS]:
+        parser.error(f"no claim {unknown[0]!r}; known: {', '.join(CLAIMS)}")
+    for name in names:
+        with tempfile.TemporaryDirectory() as folder:
+            figures.update(CLAIMS[name](folder, args))
     if args.json:
         Path(args.json).write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
