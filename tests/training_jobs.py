@@ -75,10 +75,10 @@ def last(run: Path) -> Checkpoint:
     return read.read(path)
 
 
-def bits(run: Path) -> str:
+def bits(run: Path, steps: int = STEPS) -> str:
     """A digest of every tensor of the last checkpoint, optimiser included."""
     checkpoint = last(run)
-    assert checkpoint.step == STEPS
+    assert checkpoint.step == steps
     digest = hashlib.sha256()
     for tensors in (checkpoint.model, checkpoint.optimizer):
         assert tensors

@@ -49,6 +49,8 @@ class DataConfig:
     classes: tuple[str, ...] = ()  # folder: the names of the label values 0, 1, 2 …; none: counted in the labels
     intensity: tuple[float, ...] | None = None  # folder: centre and spread; None: measured in each image
     on_bad: Literal["stop", "skip"] = "stop"  # folder: samples whose files cannot be opened; skip leaves them out
+    memory_mib: int | None = None  # for the training data, on each rank; None: it keeps all of its parts in memory
+    spill: bool = True  # memory_mib: what does not fit goes to a file in the run directory; else it is read again
     held_out: float = 0.2  # folder: the share of the cases, the last ones, that only validates
 
 
@@ -140,6 +142,7 @@ class Config:
             "threads": self.threads,
             "train.steps": self.train.steps,
             "train.batch": self.train.batch,
+            "data.memory_mib": self.data.memory_mib,
             "model.base": self.model.base,
             "model.levels": self.model.levels,
             "checkpoint.keep": self.checkpoint.keep,

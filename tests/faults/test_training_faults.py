@@ -92,7 +92,9 @@ def test_kill_9_of_the_whole_job_resumes_to_the_same_bits(
     assert_resumes_to(undisturbed, run, capfd)
 
 
+@pytest.mark.parametrize("more", [(), ("data.memory_mib=1",)])
 def test_kill_9_of_one_rank_ends_the_job_and_resumes_to_the_same_bits(
+    more: tuple[str, ...],
     data: list[str],
     undisturbed: str,
     tmp_path: Path,
@@ -101,7 +103,7 @@ def test_kill_9_of_one_rank_ends_the_job_and_resumes_to_the_same_bits(
 ) -> None:
     run = tmp_path / "run"
     monkeypatch.setenv("MESHWRIGHT_FAULT", "kill:1:4")
-    assert main(words(data, run)) == 1
+    assert main(words(data, run, *more)) == 1
     errors = capfd.readouterr().err
     assert "meshwright: error: rank 1 of 2 was killed by SIGKILL" in errors
     assert "cli.py" not in errors
@@ -110,11 +112,16 @@ def test_kill_9_of_one_rank_ends_the_job_and_resumes_to_the_same_bits(
     assert_resumes_to(undisturbed, run, capfd)
 
 
+@pytest.mark.parametrize("more", [(), ("data.memory_mib=1", "plan.data=2", "train.batch=2")])
 def test_a_rank_that_raises_shows_its_own_traceback_and_then_one_line(
-    data: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    more: tuple[str, ...],
+    data: list[str],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("MESHWRIGHT_FAULT", "raise:0:1")
-    assert main(words(data, tmp_path / "run")) == 1
+    assert main(words(data, tmp_path / "run", *more)) == 1
     traceback, _, line = capfd.readouterr().err.partition("meshwright: error: ")
     assert "RuntimeError: fault asked for" in traceback
     assert "cli.py" not in traceback
@@ -122,17 +129,21 @@ def test_a_rank_that_raises_shows_its_own_traceback_and_then_one_line(
     assert line.count("\n") == 1
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "code", "more"),
+    [(signal.SIGTERM, 143, ()), (signal.SIGTERM, 143, ("data.memory_mib=1",)), (signal.SIGINT, 130, ())],
+)
 def test_a_signal_lets_the_step_end_and_writes_a_checkpoint(
     number: signal.Signals,
     code: int,
+    more: tuple[str, ...],
     data: list[str],
     undisturbed: str,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
-    with halted(words(data, run, "checkpoint.every=0"), step=3) as (process, below):
+    with halted(words(data, run, "checkpoint.every=0", *more), step=3) as (process, below):
         assert process.stderr is not None
         os.kill(process.pid, number)
         assert any("stopping after this step" in line for line in process.stderr)

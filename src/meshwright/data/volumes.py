@@ -6,8 +6,7 @@ import glob
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
 import numpy as np
@@ -66,6 +65,8 @@ class Pairs:
     pairs: tuple[Pair, ...]
     classes: tuple[str, ...]
     intensity: tuple[float, float] | None = None
+    # of each image, by number; made here and not when first asked for, which several threads may do at once
+    _measured: dict[int, list[tuple[float, float]]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -80,10 +81,6 @@ class Pairs:
 
     def spacing_mm(self, index: int) -> tuple[float, float, float]:
         return self.pairs[index].image.spacing_mm or (1.0, 1.0, 1.0)
-
-    @cached_property
-    def _measured(self) -> dict[int, list[tuple[float, float]]]:
-        return {}
 
     def read(self, index: int, spans: Sequence[slice]) -> Part:
         """The box `spans` of pair `index`: image [1, c, d, h, w] float32, label [1, d, h, w] uint8.

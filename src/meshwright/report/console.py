@@ -11,7 +11,7 @@ from rich.table import Table
 
 from meshwright.report.headline import sentence, state, title
 from meshwright.report.run import Run, load_run, whole_epochs
-from meshwright.report.timing import breakdown
+from meshwright.report.timing import breakdown, waiting
 from meshwright.report.units import bytes_text, dice_text, percent_text, ratio_text, seconds_text
 
 
@@ -53,6 +53,8 @@ def _time(run: Run) -> Table:
     table = _table("Time per step", "work", "median", "of all time")
     for share in breakdown(run.steps):
         table.add_row(share.name, seconds_text(share.median_s), percent_text(share.share, 1))
+        if share.name == "data" and (waited := waiting(run.steps)) is not None:
+            table.add_row(waited[0], seconds_text(waited[1]), "in data")
     if run.steps:
         table.add_row("whole step", seconds_text(median(step.step_s for step in run.steps)), "100 %")
         table.add_row("sent by rank 0", bytes_text(median(step.sent_bytes for step in run.steps)), "")

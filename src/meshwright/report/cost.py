@@ -9,7 +9,7 @@ from meshwright.report.chart import Series, legend, stacked
 from meshwright.report.run import Run, whole_epochs
 from meshwright.report.sections import panel, section
 from meshwright.report.tables import Cell, Column, Html, bar, folded, table
-from meshwright.report.timing import breakdown, percentile
+from meshwright.report.timing import breakdown, percentile, waiting
 from meshwright.report.units import byte_unit, bytes_text, percent_text, ratio_text, seconds_text
 
 
@@ -32,6 +32,9 @@ def time_per_step(run: Run) -> str:
         ]
         for s in shares
     ]
+    if (waited := waiting(run.steps)) is not None:
+        behind = [s.name for s in shares].index("data") + 1
+        rows.insert(behind, [waited[0], "", seconds_text(waited[1]), "", "in data"])
     rows.append(["whole step", "", seconds_text(median(whole)), seconds_text(percentile(whole, 0.9)), "100 %"])
     columns = [
         Column("Work", "text"),

@@ -6,7 +6,7 @@ The shape of a value is written once, in its annotations; `decode` holds the fil
 from __future__ import annotations
 
 from collections.abc import Hashable
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass, fields
 from functools import lru_cache
 from types import UnionType
 from typing import Any, TypeVar, cast, get_args, get_origin, get_type_hints
@@ -34,6 +34,8 @@ class Step:
     reduced_bytes: int
     messages: int
     samples_per_s: float
+    wait_s: float = 0.0  # of data_s, that the step waited for threads that read ahead (`data.memory_mib`)
+    loaders: int = 0  # these threads
 
 
 @dataclass(frozen=True)
@@ -108,10 +110,11 @@ def decode(kind: type[T], raw: object, where: str) -> T:
     if not isinstance(raw, dict):
         raise DataError(f"{where}: expected a JSON object, found {type(raw).__name__}")
     hints = _hints(cast(Hashable, kind))
-    missing = [name for name in hints if name not in raw]
+    given = {f.name for f in fields(cast(Any, kind)) if f.default is not MISSING}  # what older releases did not write
+    missing = [name for name in hints if name not in raw and name not in given]
     if missing:
         raise DataError(f"{where}: missing {', '.join(map(repr, missing))}; was it written by another release?")
-    return kind(**{name: _value(hint, raw[name], f"{where}: {name!r}") for name, hint in hints.items()})
+    return kind(**{name: _value(hint, raw[name], f"{where}: {name!r}") for name, hint in hints.items() if name in raw})
 
 
 @lru_cache(maxsize=32)

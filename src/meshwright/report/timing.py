@@ -50,6 +50,15 @@ def breakdown(steps: Sequence[Step]) -> tuple[Share, ...]:
     )
 
 
+def waiting(steps: Sequence[Step]) -> tuple[str, float] | None:
+    """(what, median seconds) of the part of the data time that steps waited for threads that read ahead; None: none."""
+    loaders = max((step.loaders for step in steps), default=0)
+    if not loaders:
+        return None
+    threads = f"{loaders} thread" + "s" * (loaders > 1)
+    return f"waiting for data, {threads} at most", median(step.wait_s for step in steps)
+
+
 def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that at least `share` of all values do not exceed."""
     ordered = sorted(values)

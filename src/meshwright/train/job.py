@@ -53,7 +53,7 @@ class Job:
     rank: int
     device: torch.device
     train: Kept
-    validation: Kept
+    validation: VolumeSource
     model: nn.Module
     optimizer: torch.optim.Optimizer
     split: bool = True
@@ -93,6 +93,11 @@ def sources(config: Config, bad: list[str] | None = None) -> tuple[VolumeSource,
     Raises `DataError`, `ConfigError`.
     """
     data = config.data
+    if data.memory_mib is not None and data.on_bad == "skip":
+        raise ConfigError(
+            f"data.memory_mib = {data.memory_mib} and data.on_bad = skip do not go together: what is read ahead cannot "
+            "be left out; stop at bad samples, or let each rank keep its parts (data.memory_mib = null)"
+        )
     left_out = None if data.on_bad == "stop" else [] if bad is None else bad
     if data.path is None and data.name == "mni152":
         return open_mni(data.fold, data.resolution_mm, data.hemisphere, data.crop)
@@ -189,7 +194,8 @@ def build(
     if checkpoint is not None:  # older ones count steps only
         begin = checkpoint.step, checkpoint.extra.get("seen", checkpoint.step * batch_size(config, plan))
     held = Counted(validation)
-    kept = Kept(reads), Kept(held)
+    # within a budget each validation reads anew, for what it kept would come on top
+    kept = Kept(reads), held if config.data.memory_mib is not None else Kept(held)
     job = Job(config, plan, rank, device, *kept, model, optimizer, split, reads, held, bad=tuple(bad), begin=begin)
     return job, checkpoint
 
@@ -214,7 +220,12 @@ def _training_batch(job: Job, step: int) -> Batch:
         shapes = enumerate(map(job.train.shape, indices), at.seen)
         transforms = [drawn.draw(config.seed, position, shape) for position, shape in shapes]
         source, indices = Augmented(job.train, indices, transforms, job.reads), range(len(indices))
-    batch = load(job, source, indices)
+    return augmented(job, step, load(job, source, indices))
+
+
+def augmented(job: Job, step: int, batch: Batch) -> Batch:
+    """`batch` with what is drawn for a step: flip, scale and shift."""
+    config = job.config
     flip = config.augment.flip
     if flip is None:  # the template has no label that knows a side; the labels of others may
         flip = () if is_folder(config) else ("depth", "height")
@@ -243,9 +254,14 @@ def load(job: Job, source: VolumeSource, indices: Sequence[int]) -> Batch:
     """Samples `indices` of `source`: this rank reads its part of them, and the two tensors stand for the whole."""
     shape = batch_shape(source, indices)
     part = read_batch(source, indices, interval(shape, job.plan, job.rank))
+    return placed(job, part.image, part.label, shape)
+
+
+def placed(job: Job, image: Tensor, label: Tensor, shape: tuple[int, ...]) -> Batch:
+    """This rank's part of a batch of `shape` = N, C, D, H, W as the tensors that the model takes."""
     memory = torch.channels_last_3d if job.config.train.channels_last else torch.contiguous_format
-    image = part.image.to(job.device, _DTYPE[job.config.train.precision]).contiguous(memory_format=memory)
-    label = part.label.to(job.device, torch.int64)
+    image = image.to(job.device, _DTYPE[job.config.train.precision]).contiguous(memory_format=memory)
+    label = label.to(job.device, torch.int64)
     if not job.split:
         return Batch(image, label)
     whole = (shape[0], *shape[2:])

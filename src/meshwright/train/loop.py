@@ -19,7 +19,8 @@ from meshwright.config import Config
 from meshwright.guard.inject import fault_point
 from meshwright.parallel.account import totals
 from meshwright.train import memory, outcome, rundir, signals, state
-from meshwright.train.job import Job, batch_size, build, note_reading, training_batch
+from meshwright.train.feed import Feed
+from meshwright.train.job import Job, batch_size, build, note_reading
 from meshwright.train.plans import resolve_plan
 from meshwright.train.progress import Display
 from meshwright.train.step import optimise
@@ -45,14 +46,18 @@ def run(config: Config, run_dir: str, resume: bool = False, quiet: bool = False)
         if job.rank == 0:
             outcome.begin(path, job, step)
         stopped = 0
-        with Display(config.train.steps, step, job.train.classes, quiet=quiet or job.rank > 0) as display:
+        quiet = quiet or job.rank > 0
+        with (
+            Feed(job, step, path) as feed,
+            Display(config.train.steps, step, job.train.classes, quiet=quiet) as display,
+        ):
             for line in outcome.resumed(saved, checkpoint, job) if resume else []:
                 display.say(line)
             said = 0
             while step < config.train.steps and not stopped:
                 step += 1
                 fault_point(step)
-                record = _timed_step(job, step)
+                record = _timed_step(job, feed, step)
                 if (found := len(outcome.all_left_out(job))) > said:
                     said = found
                     for line in outcome.left_out(job):
@@ -68,7 +73,7 @@ def run(config: Config, run_dir: str, resume: bool = False, quiet: bool = False)
             if step == first and not stopped:  # nothing was left to do: it ended after its last checkpoint
                 _validate(job, step, path, display)
         if not stopped:
-            outcome.finish(path, job, step, resident, time.monotonic() - started_s)
+            outcome.finish(path, job, feed, step, resident, time.monotonic() - started_s)
     return {"rank": job.rank, "step": step, "stopped": stopped, "run": str(path)}
 
 
@@ -87,10 +92,10 @@ def save(job: Job, step: int, path: Path) -> None:
         write.write(path / rundir.CHECKPOINTS, checkpoint, job.config.checkpoint.keep)
 
 
-def _timed_step(job: Job, step: int) -> dict[str, Any]:
+def _timed_step(job: Job, feed: Feed, step: int) -> dict[str, Any]:
     """One step and the line of `steps.jsonl` that describes it."""
-    before, start_s = totals.copy(), time.perf_counter()
-    batch = training_batch(job, step)
+    before, waited_s, start_s = totals.copy(), feed.waiting.wait_s, time.perf_counter()
+    batch = feed.batch(step)
     note_reading(job, step)
     data_s = time.perf_counter() - start_s
     done = optimise(job, batch, step)
@@ -108,6 +113,8 @@ def _timed_step(job: Job, step: int) -> dict[str, Any]:
         "exchange_s": exchange_s,
         "reduction_s": spent.reduction_s,
         "data_s": data_s,
+        "wait_s": feed.waiting.wait_s - waited_s,
+        "loaders": feed.waiting.loaders,
         "sent_bytes": spent.sent_bytes,
         "reduced_bytes": spent.reduced_bytes,
         "messages": spent.messages,

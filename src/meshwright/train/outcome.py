@@ -14,10 +14,12 @@ from meshwright.data.source import ReadStats
 from meshwright.parallel.apply import report
 from meshwright.plan.plan import interval
 from meshwright.train import memory, rundir
+from meshwright.train.feed import Feed
 from meshwright.train.job import Job, is_folder
 from meshwright.train.validate import fullest_planes
 
-_FREE_TO_CHANGE = {"ranks", "threads", "run", "plan", "checkpoint"}  # settings that do not change what is computed
+# settings that do not change what is computed
+_FREE_TO_CHANGE = {"ranks", "threads", "run", "plan", "checkpoint", "data.memory_mib", "data.spill"}
 
 
 def begin(path: Path, job: Job, step: int) -> None:
@@ -42,6 +44,7 @@ def resumed(saved: Path | None, checkpoint: Checkpoint | None, job: Job) -> list
         for section in new
         if section not in _FREE_TO_CHANGE
         for key, before, after in _differences(section, old.get(section), new[section])
+        if key not in _FREE_TO_CHANGE
     ]
     if changed:
         lines.append(f"other settings than before, so not the run that was interrupted: {'; '.join(changed)}")
@@ -76,10 +79,10 @@ def _differences(key: str, old: Any, new: Any) -> list[tuple[str, Any, Any]]:
     return [] if old == new else [(key, old, new)]
 
 
-def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> None:
+def finish(path: Path, job: Job, feed: Feed, step: int, resident: int, total_s: float) -> None:
     """Planes, layers, ranks and the summary. Collective; rank 0 writes."""
     planes = fullest_planes(job)
-    ranks, reading = _ranks(job, resident), _reading(job)
+    ranks, reading = _ranks(job, feed, resident), _reading(job)
     if job.rank > 0:
         return
     rundir.write_arrays(path / "slices.npz", planes)
@@ -91,6 +94,8 @@ def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> No
         "finished": True,
         "steps": step,
         "train_s": sum(record["step_s"] for record in rundir.records(path / rundir.STEPS)),
+        "wait_s": feed.waiting.wait_s,
+        "loaders": feed.waiting.loaders,
         "total_s": total_s,
         "dice": rundir.records(path / rundir.VALIDATION)[-1]["dice"],
         "classes": list(job.train.classes),
@@ -107,10 +112,10 @@ def finish(path: Path, job: Job, step: int, resident: int, total_s: float) -> No
     rundir.write_json(path / rundir.SUMMARY, summary)
 
 
-def _ranks(job: Job, resident: int) -> list[dict[str, Any]]:
+def _ranks(job: Job, feed: Feed, resident: int) -> list[dict[str, Any]]:
     """One record per rank, of the first training volume; collective."""
     names = ("peak_bytes", "state_bytes", "ideal_bytes", "part_bytes", "read_bytes", "ideal_read_bytes")
-    data = job.train.stats
+    data = feed.held
     own = (
         memory.peak_bytes(job.device),
         resident,

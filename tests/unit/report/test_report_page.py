@@ -196,6 +196,19 @@ def test_console_shows_dice_time_memory_and_the_page(make_run):
     assert "killed" in printed(make_run(finished=False))
 
 
+def test_waiting_for_threads_that_read_ahead_is_shown_where_there_are_any(make_run):
+    run = make_run()
+    lines = [json.loads(line) for line in (run / "steps.jsonl").read_text().splitlines()]
+    for number, line in enumerate(lines):
+        line |= {"wait_s": 0.003, "loaders": 1 + number % 3}
+    before = page(load_run(run)) + printed(run)
+    assert "waiting for data" not in before
+    (run / "steps.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert "waiting for data, 3 threads at most" in page(load_run(run))
+    assert "waiting for data, 3 threads at most" in printed(run)
+    assert "3.00 ms" in printed(run)
+
+
 def test_console_does_not_read_markup_from_the_run(make_run):
     path = make_run()
     end = json.loads((path / "summary.json").read_text()) | {"classes": ["a", "[red]b[/red]", "[/c]"]}
