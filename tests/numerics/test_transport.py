@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 import meshwright as mw
+from meshwright.cluster.process_group import leave
 from meshwright.errors import RankError
 from meshwright.models.small_unet import benchmark_unet
 from meshwright.parallel.collective import Gather, Sum, SumQueue
@@ -253,3 +255,46 @@ def test_a_late_neighbour_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("MESHWRIGHT_TIMEOUT_S", "2")
     with pytest.raises(RankError, match=r"no answer within 2 s|has ended"):
         mw.launch(a_neighbour_is_late, ranks=2)
+
+
+def files_after_leaving() -> tuple[int, int]:
+    """Open files of this process before the first channel, and after all of them have been dropped."""
+    before = len(os.listdir("/proc/self/fd"))
+    group, peer = dist.new_group(), 1 - dist.get_rank()
+    for _ in range(3):
+        buffer = torch.empty(100_000)
+        Transfer(group, [(peer, torch.ones(100_000))], [(peer, buffer)]).wait()
+    dist.barrier()
+    assert len(channels(group)) == 1
+    del group
+    leave()
+    return before, len(os.listdir("/proc/self/fd"))
+
+
+def test_no_file_stays_open() -> None:
+    """Pipes and memory go with the channels."""
+    for before, after in mw.launch(files_after_leaving, ranks=2):
+        assert after <= before  # the sockets of the first group are gone, too
+
+
+def one_rank_leaves_first() -> float:
+    """Rank 0 sends and leaves at once; rank 1 comes to read much later."""
+    group, me = dist.new_group(), dist.get_rank()
+    channels(group)
+    buffer = torch.zeros(1000)
+    if me == 0:
+        Transfer(group, [(1, torch.ones(1000))], [])
+        leave()
+        return 1000.0
+    later = Transfer(group, [], [(0, buffer)])
+    (channel,) = channels(group).values()
+    hung_up = select.poll()
+    hung_up.register(channel.bell_in, 0)  # reports the end of the other side alone
+    assert hung_up.poll(10_000)
+    later.wait()
+    return float(buffer.sum())
+
+
+def test_the_last_pieces_of_a_rank_that_leaves_arrive() -> None:
+    """Their memory stays until they have been read."""
+    assert mw.launch(one_rank_leaves_first, ranks=2) == [1000.0, 1000.0]

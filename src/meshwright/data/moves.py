@@ -7,7 +7,6 @@ could not says so instead of falling silent. One thread only may use an `Exchang
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Sequence
 from datetime import timedelta
@@ -141,6 +140,5 @@ class Exchange:
         """
         if not self._failed:  # after a failure pieces may still be expected there
             for channel in self._channels.values():
-                os.close(channel.bell_in)
-                os.close(channel.bell_out)
+                channel.hang_up()
         self._group, self._channels = None, {}

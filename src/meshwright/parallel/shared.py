@@ -17,6 +17,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -92,6 +93,32 @@ class Channel:
         _waiting().add(self)
         self._expected.append(_Expected(buffers, addends, fold))
 
+    def hang_up(self) -> None:
+        """No piece follows, and none is awaited: a neighbour that waits for one sees it at once.
+
+        Acknowledgements still come in, for a slower neighbour may be reading.
+        """
+        for file in (self.bell_in, self.bell_out):
+            if file >= 0:
+                os.close(file)
+        self.bell_in = self.bell_out = -1
+
+    def finish(self, limit_s: float) -> None:
+        """Hang up, and wait for a slower neighbour to read what was sent: the memory goes with this process."""
+        self.hang_up()
+        end_s = time.monotonic() + limit_s
+        poll = select.poll()
+        poll.register(self.ack_in, select.POLLIN)
+        with suppress(RuntimeError):  # it has ended
+            while any(slot.busy for slot in self._slots) and poll.poll(max(0.0, end_s - time.monotonic()) * 1000):
+                self._read_acks()
+
+    def __del__(self) -> None:
+        self.hang_up()
+        idle = [slot.file for slot in self._slots if not slot.busy]  # a slower neighbour may still open the others
+        for file in (self.ack_in, self.ack_out, *idle):
+            os.close(file)
+
     def receive(self, buffers: Sequence[torch.Tensor], limit_s: float) -> None:
         """Wait until expected `buffers` are filled; earlier ones are filled first.
 
@@ -136,7 +163,8 @@ class Channel:
             else:
                 for buffer, addend, part in zip(buffers, addends, places, strict=True):
                     fold(addend, part, out=buffer)
-            os.write(self.ack_out, _ACK.pack(number))
+            with suppress(BrokenPipeError):  # whoever left after the last piece waits for no acknowledgement
+                os.write(self.ack_out, _ACK.pack(number))
         except OSError as error:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended ({error})") from error
 

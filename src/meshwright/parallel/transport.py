@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -20,6 +21,8 @@ from meshwright.parallel.shared import Channel
 
 VARIABLE = "MESHWRIGHT_TRANSPORT"
 MOST_NEIGHBOURS = 15  # a rank with more of them in a group takes messages: each costs six open files a lane
+LEAVE_S = 5.0  # a rank that is done waits so long for slower ones to read its last pieces
+_living: WeakSet[Channel] = WeakSet()
 
 
 def _here() -> int:
@@ -58,7 +61,7 @@ def _channels(group: dist.ProcessGroup, lane: int) -> dict[int, Channel]:
     if not on_cpu or not 1 < ranks <= MOST_NEIGHBOURS + 1:
         return {}
     ours: dict[int, list[int]] = {}  # per neighbour both ends of this rank's bell and of its acknowledgements
-    mine, found = torch.zeros(2 + 2 * ranks, dtype=torch.int64), {}
+    mine, found, owners = torch.zeros(2 + 2 * ranks, dtype=torch.int64), {}, set()
     try:
         if _is_wanted():
             for peer in range(ranks):
@@ -77,17 +80,25 @@ def _channels(group: dist.ProcessGroup, lane: int) -> dict[int, Channel]:
                 flags = os.O_WRONLY | os.O_NONBLOCK
                 bell_out, ack_out = (os.open(f"/proc/{pid}/fd/{file}", flags) for file in (bell, ack))
                 found[peer] = Channel(pid, ends[0], bell_out, ends[2], ack_out)
+                owners.add(peer)
+                _living.add(found[peer])
     except OSError:
         found = {}
     agreed = torch.tensor([len(found)])
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-    for ends in ours.values():  # the other rank's end is the only one now: when it ends, this rank sees it
-        for end in (ends[1], ends[3]) if int(agreed) else ends:
+    for peer, ends in ours.items():  # the other rank's end is the only one now: when it ends, this rank sees it
+        for end in (ends[1], ends[3]) if peer in owners else ends:  # a channel closes its own
             os.close(end)
     return found if int(agreed) else {}
 
 
-when_leaving(_channels.cache_clear)  # they are kept by group
+def _leave() -> None:
+    for channel in list(_living):
+        channel.finish(LEAVE_S)
+    _channels.cache_clear()  # they are kept by group
+
+
+when_leaving(_leave)
 
 
 class Transfer:
