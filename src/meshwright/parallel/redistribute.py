@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import Function
+from torch.autograd import Function, forward_ad
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Shard
 
@@ -120,6 +120,12 @@ def replicate(x: Any, cause: Cause | None = None) -> Any:
     return redistribute(x, replicated(x._spec.mesh), cause)
 
 
+def _is_plain_backward() -> bool:
+    """Whether nobody differentiates what a backward computes: then a step of it needs no node of its own, which costs
+    as much as the step."""
+    return not torch.is_grad_enabled() and forward_ad._current_level < 0
+
+
 class _ToLocal(Function):
     @staticmethod
     def forward(ctx: Any, x: Any, grad_axes: tuple[int, ...]) -> torch.Tensor:
@@ -137,6 +143,8 @@ class _ToLocal(Function):
         if grad is None:
             return None, None
         mesh, shape, ledger = ctx.source
+        if _is_plain_backward():
+            return wrap(same(grad), mesh, ctx.placements, shape, ledger), None
         return _FromLocal.apply(grad, mesh, ctx.placements, shape, ledger), None
 
     @staticmethod
@@ -182,8 +190,9 @@ class _FromLocal(Function):
         _ = ctx.saved_tensors
         target = tuple(REPLICATE if isinstance(p, Partial) else p for p in ctx.placements)
         grad = redistribute(_meshed(grad, ctx.mesh), target, ctx.cause)
-        local = to_local(grad, partial_axes(ctx.placements))
-        return local, None, None, None, None
+        if _is_plain_backward() and not grad._frozen_view and not partial_axes(tuple(grad._spec.placements)):
+            return same(grad._local_tensor), None, None, None, None
+        return to_local(grad, partial_axes(ctx.placements)), None, None, None, None
 
 
 def from_local(
