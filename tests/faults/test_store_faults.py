@@ -71,7 +71,7 @@ def test_all_ranks_may_close_early(transport: str, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv(VARIABLE, transport)
     begin_s = time.monotonic()
     assert launch(train_until, 2, (9, "close", ""), timeout_s=60) == [9, 9]
-    assert time.monotonic() - begin_s < 10
+    assert time.monotonic() - begin_s < 55  # of the 60 s that a rank waits for one that is gone
 
 
 def test_an_error_of_the_job_is_the_one_that_is_told() -> None:
@@ -154,7 +154,7 @@ def test_closing_does_not_wait_for_a_read_that_hangs(monkeypatch: pytest.MonkeyP
     store = Store(source, mw.Plan.uniform(), lambda step: [step % 8], budget_bytes=MANY)
     begin_s = time.monotonic()
     store.close()
-    assert time.monotonic() - begin_s < 5
+    assert time.monotonic() - begin_s < 55  # of the 60 s that the read would take
     held.set()
     for thread in threading.enumerate():
         if thread.name == "meshwright-read":

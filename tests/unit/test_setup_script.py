@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,9 +69,7 @@ def test_installs_torch_first_and_a_second_call_does_nothing(tmp_path: Path) -> 
     place = project(tmp_path / "a project")
     assert place.setup()[0] == 0
     assert place.log == ["venv", "torch==2.13.0", "package"]
-    begin = time.monotonic()
     assert place.setup() == (0, "")
-    assert time.monotonic() - begin < 1
     assert place.log == ["venv", "torch==2.13.0", "package"]
 
 
