@@ -20,67 +20,27 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel
-import numpy as np
 import torch
 import torch.distributed as dist
 from io_formats import formats
 from io_loaders import loaders
 from io_pages import is_cold, said
-from spatial import barrier
+from io_samples import SAMPLES, Made, Npy, order_of, splits, write_files
+from spatial import barrier, ratio
 
 import meshwright as mw
-from meshwright.data import sampler
-from meshwright.data.source import IMAGE, LABEL
 from meshwright.data.store import Store
 from meshwright.data.volumes import open_pairs
 from meshwright.models.small_unet import SmallUNet
 from meshwright.train.memory import peak_bytes, reset_peak, resident_bytes
 
-SAMPLES = 8
+ROUNDS = 5  # of `layouts`, and of the later epochs of `resident`
 CPU = torch.device("cpu")
-
-
-class Npy:
-    """Pairs of .npy files [d, h, w], of which a read copies the box out of a memory map."""
-
-    fields = {"image": IMAGE, "label": LABEL}  # noqa: RUF012  a constant of this small class
-
-    def __init__(self, folder: str, samples: int = SAMPLES) -> None:
-        self.folder, self.names = Path(folder), tuple(f"{i:03d}" for i in range(samples))
-
-    def shape(self, index: int) -> tuple[int, int, int]:
-        d, h, w = np.load(self.folder / f"{index:03d}-image.npy", mmap_mode="r").shape
-        return d, h, w
-
-    def read(self, index: int, spans: Sequence[slice]) -> dict[str, torch.Tensor]:
-        paths = (self.folder / f"{index:03d}-{name}.npy" for name in self.fields)
-        image, label = (np.array(np.load(path, mmap_mode="r")[tuple(spans)]) for path in paths)
-        return {"image": torch.from_numpy(image)[None, None], "label": torch.from_numpy(label)[None]}
-
-
-def write_files(folder: str, edge: int, samples: int = SAMPLES) -> None:
-    draw = np.random.default_rng(0)
-    for i in range(samples):
-        image = (1000 * draw.standard_normal((edge,) * 3, np.float32)).astype(np.int16)
-        label = draw.integers(0, 3, (edge,) * 3, np.uint8)
-        np.save(f"{folder}/{i:03d}-image.npy", image.astype(np.float32))
-        np.save(f"{folder}/{i:03d}-label.npy", label)
-        for name, values in (("image", image), ("label", label)):
-            nibabel.save(nibabel.Nifti1Image(values.T, np.eye(4)), f"{folder}/{i:03d}-{name}.nii.gz")
-
-
-def order_of(samples: int, size: int) -> Callable[[int], tuple[int, ...]]:
-    return lambda step: sampler.batch(0, step, samples, size)
-
-
-def splits(ranks: int) -> dict[str, mw.Plan]:
-    return {"sample": mw.Plan.uniform(data=ranks), "depth": mw.Plan.uniform(depth=ranks)}
 
 
 def resident(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
@@ -91,7 +51,7 @@ def resident(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[s
         model = SmallUNet(1, 3, base=16, levels=3, norm="none").to(memory_format=torch.channels_last_3d)
         model = mw.parallelize(model, plan, strict=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-        epoch, rounds = SAMPLES // size, 5
+        epoch, rounds = SAMPLES // size, ROUNDS
 
         def train(
             part: torch.Tensor, plan: mw.Plan = plan, size: int = size, model: Any = model, sgd: Any = optimizer
@@ -126,7 +86,7 @@ def rereading(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[
     """An epoch of batches read from the files each time ÷ the same epoch from the store, nothing else computed."""
     known = (0.0, 1.0)
     pairs = open_pairs(f"{folder}/*-image.nii.gz", f"{folder}/*-label.nii.gz", ("a", "b", "c"), intensity=known)
-    for kind, source in (("npy in the page cache", Npy(folder)), ("nii.gz", pairs)):
+    for kind, source in (("npy", Npy(folder)), ("nii.gz", pairs)):
         for name, plan in splits(ranks).items():
             size = ranks if name == "sample" else 1
             order, rank, epoch = order_of(SAMPLES, size), dist.get_rank(), SAMPLES // size
@@ -152,9 +112,11 @@ def rereading(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[
 
 def layouts(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
     """First epoch of a split sample: one rank reads it and gives parts away ÷ each rank reads its own part."""
-    plan, seconds = splits(ranks)["depth"], {}
-    for name, reading in (("own part", plan), ("sample-parallel", splits(ranks)["sample"])):
-        for turn in range(2):  # once to bring both to the same state of the page cache
+    plan = splits(ranks)["depth"]
+    readings = {"own part": plan, "sample-parallel": splits(ranks)["sample"]}
+    seconds: dict[str, list[float]] = {name: [] for name in readings}
+    for turn in range(-1, ROUNDS):  # once to bring both to the same state of the page cache
+        for name, reading in readings.items():
             is_cold(cold, folder)
             barrier()
             begin_s = time.perf_counter()
@@ -164,27 +126,12 @@ def layouts(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[st
                 for _ in store:
                     pass
             barrier()
-            seconds[name, turn] = time.perf_counter() - begin_s
-    yield "layouts: whole samples and scatter / own part", seconds["sample-parallel", 1] / seconds["own part", 1]
-
-
-class Made:
-    """Samples that are made, not read: what memory they take is the store's alone."""
-
-    fields = {"image": IMAGE, "label": LABEL}  # noqa: RUF012  a constant of this small class
-
-    def __init__(self, samples: int, edge: int) -> None:
-        self.names, self._shape = tuple(map(str, range(samples))), (edge,) * 3
-
-    def shape(self, index: int) -> tuple[int, int, int]:
-        return self._shape
-
-    def read(self, index: int, spans: Sequence[slice]) -> dict[str, torch.Tensor]:
-        sizes = [span.stop - span.start for span in spans]
-        return {
-            "image": torch.full((1, 1, *sizes), float(index)),
-            "label": torch.full((1, *sizes), 1, dtype=torch.uint8),
-        }
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - begin_s)
+    middle, low, high = ratio(seconds["sample-parallel"], seconds["own part"])
+    yield "layouts: whole samples and scatter / own part", middle
+    yield "layouts: low end of its interval", low
+    yield "layouts: high end of its interval", high
 
 
 def memory(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:

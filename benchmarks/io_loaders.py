@@ -123,7 +123,7 @@ def loaders(folder: str, edge: int, rounds: int) -> dict[str, float]:
                 for name in names
                 for of in [[seconds[ending][name] for seconds, _ in found]]
             }
-            print(f"\n  {ending}, {ranks} rank(s), first epoch: {said(found[0][1])}")
+            print(f"\n  {ending}, {ranks} rank(s); first epoch: {said(found[0][1])}; later: as the first left it")
             print(f"  {'samples a second':36s}{'first epoch':>24s}{'later epochs':>24s}")
             for name in names:
                 rates = [SAMPLES / sorted(turn[when] for turn in slowest[name])[rounds // 2] for when in (0, 1)]
