@@ -165,8 +165,15 @@ def _gloo_on_loopback(wanted: bool) -> Iterator[None]:
 
 
 def when_leaving(forget: Callable[[], None]) -> None:
-    """Have `forget` drop what it keeps of the process groups before they are closed."""
+    """Have `forget` drop what it keeps of the process groups before they are closed, or this process ends."""
+    if not _forget:
+        atexit.register(_drop)  # whoever made the groups
     _forget.append(forget)
+
+
+def _drop() -> None:
+    for forget in _forget:
+        forget()
 
 
 def leave() -> None:
@@ -176,7 +183,6 @@ def leave() -> None:
     ask for its lock to free a tensor, and the process then aborts ("terminate called without an active exception").
     """
     if dist.is_initialized():
-        for forget in _forget:
-            forget()
+        _drop()
         dist.destroy_process_group()
         gc.collect()

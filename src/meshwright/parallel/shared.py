@@ -229,7 +229,7 @@ def _await(file: int, limit_s: float) -> bool:
     """
     me, end_s = threading.get_ident(), time.monotonic() + limit_s
     while True:
-        others = {c.bell_in: c for c in _waiting() if c._expected and c._thread == me and c.bell_in != file}
+        others = {c.bell_in: c for c in _waiting() if c._expected and c._thread == me and c.bell_in not in (file, -1)}
         poll = select.poll()
         for each in (file, *others):
             poll.register(each, select.POLLIN)
