@@ -231,6 +231,17 @@ def test_the_configuration_takes_a_path_alone(tmp_path: Path) -> None:
         sources(config.override(settings, "data.images=x*"))
 
 
+def test_file_patterns_hold_from_any_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written down for a resumed run names the files wherever that begins."""
+    monkeypatch.chdir(tmp_path)
+    known = sources(config.load(None, [f"data.path={zarr_files(tmp_path)}"]))[0]
+    settings = config.load(
+        None, ["data.name=folder", "data.images=scans/*_t1.nii.gz", "data.labels=scans/*_seg.nii.gz"]
+    )
+    written = settled(settings, known).data
+    assert (written.images, written.labels) == (f"{tmp_path}/scans/*_t1.nii.gz", f"{tmp_path}/scans/*_seg.nii.gz")
+
+
 def test_bad_samples_are_left_out_if_that_is_asked_for(tmp_path: Path) -> None:
     folder = two_folders(tmp_path)
     settings = config.load(None, [f"data.path={folder}", "data.on_bad=skip"])

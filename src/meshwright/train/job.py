@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -130,6 +131,8 @@ def settled(config: Config, train: VolumeSource) -> Config:
     data = replace(config.data, classes=train.classes) if is_folder(config) else config.data
     if data.path is not None:
         data = replace(data, name="folder", path=str(Path(data.path).resolve()))
+    if data.images is not None and data.labels is not None:  # a resumed run may begin in another directory
+        data = replace(data, images=os.path.abspath(data.images), labels=os.path.abspath(data.labels))
     return replace(config, data=data)
 
 
