@@ -72,11 +72,12 @@ def stopped(processes: list[psutil.Process]) -> list[psutil.Process]:
     return [process for process in processes if process.status() == psutil.STATUS_STOPPED]
 
 
-def assert_resumes_to(expected: str, run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """The name of the run is all that `--resume` needs."""
-    assert main(["train", "--resume", str(run)]) == 0
+def assert_resumes_to(expected: str, run: Path, capfd: pytest.CaptureFixture[str], *more: str) -> None:
+    """The name of the run is all that `--resume` needs; settings that change no number are not told."""
+    assert main(["train", "--resume", str(run), *(word for setting in more for word in ("--set", setting))]) == 0
     output = capfd.readouterr().out
     assert "going on from step_" in output
+    assert "other settings" not in output
     assert f"report: {run}" in output
     assert len(losses(run)) == STEPS
     assert bits(run) == expected
@@ -92,9 +93,10 @@ def test_kill_9_of_the_whole_job_resumes_to_the_same_bits(
     assert_resumes_to(undisturbed, run, capfd)
 
 
-@pytest.mark.parametrize("more", [(), ("data.memory_mib=1",)])
+@pytest.mark.parametrize(("before", "after"), [("null", "1"), ("1", "null")])
 def test_kill_9_of_one_rank_ends_the_job_and_resumes_to_the_same_bits(
-    more: tuple[str, ...],
+    before: str,
+    after: str,
     data: list[str],
     undisturbed: str,
     tmp_path: Path,
@@ -103,13 +105,13 @@ def test_kill_9_of_one_rank_ends_the_job_and_resumes_to_the_same_bits(
 ) -> None:
     run = tmp_path / "run"
     monkeypatch.setenv("MESHWRIGHT_FAULT", "kill:1:4")
-    assert main(words(data, run, *more)) == 1
+    assert main(words(data, run, f"data.memory_mib={before}")) == 1
     errors = capfd.readouterr().err
     assert "meshwright: error: rank 1 of 2 was killed by SIGKILL" in errors
     assert "cli.py" not in errors
     assert last(run).step == 2
     monkeypatch.delenv("MESHWRIGHT_FAULT")
-    assert_resumes_to(undisturbed, run, capfd)
+    assert_resumes_to(undisturbed, run, capfd, f"data.memory_mib={after}")
 
 
 @pytest.mark.parametrize("more", [(), ("data.memory_mib=1", "plan.data=2", "train.batch=2")])

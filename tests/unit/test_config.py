@@ -56,6 +56,7 @@ def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
         ("train.steps=[", ["not YAML"]),
         ("train.steps", ["section.key=value"]),
         ("train.steps=0", ["train.steps = 0", "at least 1"]),
+        ("data.memory_mib=0", ["data.memory_mib = 0", "at least 1"]),
         ("optim.lr=.inf", ["optim.lr = inf", "positive"]),
         ("optim.lr=.nan", ["optim.lr = nan", "positive"]),
         ("optim.clip_norm=-1", ["optim.clip_norm = -1.0", "0 or more"]),

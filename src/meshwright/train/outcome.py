@@ -89,13 +89,14 @@ def finish(path: Path, job: Job, feed: Feed, step: int, resident: int, total_s: 
     rundir.write_json(path / "layers.json", report(job.model))
     rundir.write_json(path / "ranks.json", ranks)
     rundir.write_json(path / "reading.json", reading)
-    config = job.config
+    config, steps = job.config, rundir.records(path / rundir.STEPS)
     summary = {
         "finished": True,
         "steps": step,
-        "train_s": sum(record["step_s"] for record in rundir.records(path / rundir.STEPS)),
-        "wait_s": feed.waiting.wait_s,
-        "loaders": feed.waiting.loaders,
+        "train_s": sum(record["step_s"] for record in steps),
+        # a run that goes on may have begun before these were written
+        "wait_s": sum(record.get("wait_s", 0.0) for record in steps),
+        "loaders": max((record.get("loaders", 0) for record in steps), default=0),
         "total_s": total_s,
         "dice": rundir.records(path / rundir.VALIDATION)[-1]["dice"],
         "classes": list(job.train.classes),
