@@ -29,6 +29,21 @@ class Spent:
             values = array.scale(slab.values)
             yield slab.where, values if values.flags.writeable else values.copy()
 
+    def whole_numbers(self, array: StoredArray, spans: Sequence[slice]) -> Iterator[tuple[tuple[slice, ...], Array]]:
+        """The box of an array that `has_whole_numbers` in pieces, as they are stored."""
+        for slab in array.slabs(spans):
+            self.read_bytes += slab.read_bytes
+            self.shared_bytes += slab.shared_bytes
+            self.transient_bytes = max(self.transient_bytes, slab.values.nbytes)
+            yield slab.where, slab.values
+
+
+def has_whole_numbers(array: StoredArray) -> bool:
+    """Whether the values of an array are the stored numbers, and these are whole by their type."""
+    if array.dtype.kind not in "biu":
+        return False
+    return [float(value) for value in array.scale(np.array([0, 1], array.dtype))] == [0.0, 1.0]  # scales are linear
+
 
 def is_class(values: Array, count: int) -> Array:
     """Which values are whole numbers from 0 to `count` − 1."""

@@ -15,7 +15,7 @@ import torch
 from meshwright.data import once
 from meshwright.data.arrays import Array, StoredArray, box_bytes
 from meshwright.data.formats import open_array
-from meshwright.data.measure import MOST_CLASSES, Spent, count_classes, intensity, is_class
+from meshwright.data.measure import MOST_CLASSES, Spent, count_classes, has_whole_numbers, intensity, is_class
 from meshwright.data.nifti import see_matching
 from meshwright.data.planes import NiftiArray
 from meshwright.data.source import LABEL, Field, Part, kept
@@ -98,13 +98,14 @@ class Pairs:
         target, scales = (image, scales) if len(image_box) == 4 else (image[0], scales[0])
         for where, values in spent.values(pair.image, image_box):
             centre, spread = (scales[where[0], 0], scales[where[0], 1]) if len(image_box) == 4 else scales
-            if self.intensity is not None and not np.isfinite(values).all():  # else found while it was measured
+            known = self.intensity is None or has_whole_numbers(pair.image)  # or found while it was measured
+            if not known and not np.isfinite(values).all():
                 raise DataError(f"{pair.image.name}: contains NaN or infinity; replace these voxels before training")
-            values -= centre
-            values /= spread
-            target[where] = values
+            np.subtract(values, centre, out=target[where])
+            np.divide(target[where], spread, out=target[where])
         label = np.empty((d, h, w), np.uint8)
-        for where, values in spent.values(pair.label, label_box):
+        whole = has_whole_numbers(pair.label)
+        for where, values in (spent.whole_numbers if whole else spent.values)(pair.label, label_box):
             label[where[-1:]] = self._class_numbers(pair.label, values).reshape(-1, h, w)
         return kept(
             {"image": torch.from_numpy(image), "label": torch.from_numpy(label)},
@@ -135,8 +136,12 @@ class Pairs:
         return self._measured[index]
 
     def _class_numbers(self, label: StoredArray, values: Array) -> Array:
-        wrong = values[~is_class(values, len(self.classes))]
-        if wrong.size:
+        if values.dtype.kind in "biu":  # the ends tell, without a pass for each condition
+            fine = not values.size or (values.min() >= 0 and values.max() < len(self.classes))
+        else:
+            fine = bool(is_class(values, len(self.classes)).all())
+        if not fine:
+            wrong = values[~is_class(values, len(self.classes))]
             raise DataError(
                 f"{label.name}: label value {wrong[0]:g}; whole numbers from 0 to {len(self.classes) - 1} are expected "
                 f"for the {len(self.classes)} classes {', '.join(self.classes)}"
