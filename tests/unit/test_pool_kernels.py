@@ -42,7 +42,7 @@ def test_same_as_torch(drawn: tuple[tuple[int, ...], Boxes]) -> None:
     assert ours.is_contiguous(memory_format=LAST)
 
 
-def test_double_backward() -> None:
+def test_gradient_of_the_gradient() -> None:
     x = torch.randn(1, 2, 5, 6, 7, dtype=torch.float64).to(memory_format=LAST).requires_grad_()
     boxes = Boxes((3, 2, 3), (2, 2, 1), (1, 0, 1), False, 18)
     assert _is_separable(x, boxes)
