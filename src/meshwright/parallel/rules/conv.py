@@ -77,8 +77,10 @@ def conv(
             args = (shape[i + 2], kernel[i], stride[i], dilation[i], ends[i][0])
             cuts.append(_cut(line, *args, chunks(sizes_out[i], line.ranks)))
     pads = list(ends)
-    # a thin convolution reorders the weight anew, which costs more than laying planes next to a part that is smaller
-    hidden = weight.numel() <= local.numel() and all(_is_thin(cut, stride[cut.dim - 2]) for cut in cuts)
+    # A thin convolution reorders the weight anew, which costs more than laying planes next to a part that is smaller;
+    # in halves it stays, for torch's weight gradient of some such windows holds memory that nobody wrote.
+    light = weight.numel() <= local.numel() or local.dtype in (torch.bfloat16, torch.float16)
+    hidden = light and all(_is_thin(cut, stride[cut.dim - 2]) for cut in cuts)
     for cut in cuts:
         have, want = cut.owned[cut.line.me], cut.wanted[cut.line.me]
         before, after = cut.edge

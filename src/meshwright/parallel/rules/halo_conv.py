@@ -19,7 +19,7 @@ import torch
 from torch.autograd import Function
 
 from meshwright.parallel.account import totals
-from meshwright.parallel.kernels import Conv, conv_backward, conv_forward
+from meshwright.parallel.kernels import Conv, conv_backward, conv_forward, memory_format
 from meshwright.parallel.rules.halo import (
     Cut,
     Halo,
@@ -137,7 +137,11 @@ def _forward(
     conv, pads, out_sizes, cuts, hidden = work
     if not hidden:
         halos = received(x, cuts, pads)
-        return _main_forward(whole(x, halos), weight, bias, conv, pads, out_sizes), halos
+        y = _main_forward(whole(x, halos), weight, bias, conv, pads, out_sizes)
+        if memory_format(y) is torch.contiguous_format and not y.is_contiguous():  # cut out of more outputs
+            last = memory_format(x) if memory_format(weight) is torch.contiguous_format else memory_format(weight)
+            y = y.contiguous(memory_format=last)
+        return y, halos
     posted = post(x, cuts[0], [], ()) if cuts else None
     y = _main_forward(x, weight, bias, conv, pads, out_sizes)
     halos = []
