@@ -5,16 +5,16 @@ And, for parts that are in memory already with some voxels around them (`Store(h
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from types import EllipsisType
 
 from meshwright.data import transforms
-from meshwright.data.source import Field, Part, ReadStats, VolumeSource
+from meshwright.data.source import Part, ReadStats, VolumeSource, Wrapped
 from meshwright.data.transforms import Fields, Reader, Transform
 from meshwright.errors import DataError
 
 
-class Augmented:
+class Augmented(Wrapped):
     """A `VolumeSource` of which sample i is the sample `indices[i]` of `source` under `drawn[i]`.
 
     Boxes that are exactly what the transform makes come from `source`; other boxes, which differ from step to step,
@@ -30,20 +30,13 @@ class Augmented:
     ) -> None:
         if len(indices) != len(drawn):
             raise ValueError(f"{len(indices)} samples but {len(drawn)} transforms")
-        self._source, self._indices, self._drawn = source, tuple(indices), tuple(drawn)
+        super().__init__(source)
+        self._indices, self._drawn = tuple(indices), tuple(drawn)
         self._fresh = fresh if fresh is not None else source
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._source.names[index] for index in self._indices)
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return self._source.classes
-
-    @property
-    def fields(self) -> Mapping[str, Field]:
-        return self._source.fields
 
     def shape(self, index: int) -> tuple[int, int, int]:
         """D, H, W of the augmented sample. Raises `DataError` if its transform does not fit."""

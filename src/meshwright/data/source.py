@@ -173,12 +173,11 @@ def read_batch(source: VolumeSource, indices: Sequence[int], spans: Sequence[sli
     return Part({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, stats)
 
 
-class Kept:
-    """Reads each part once and keeps it in memory: for data of which a rank's share fits. Wraps any source."""
+class Wrapped:
+    """What a source that wraps another one hands on as it is."""
 
     def __init__(self, source: VolumeSource) -> None:
         self._source = source
-        self._parts: dict[tuple[int, tuple[tuple[int, int], ...]], Part] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -197,6 +196,14 @@ class Kept:
 
     def spacing_mm(self, index: int) -> tuple[float, float, float]:
         return self._source.spacing_mm(index)
+
+
+class Kept(Wrapped):
+    """Reads each part once and keeps it in memory: for data of which a rank's share fits. Wraps any source."""
+
+    def __init__(self, source: VolumeSource) -> None:
+        super().__init__(source)
+        self._parts: dict[tuple[int, tuple[tuple[int, int], ...]], Part] = {}
 
     def read(self, index: int, spans: Sequence[slice]) -> Part:
         """As the source does; the second time the same tensors come back, to be read and not written."""

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from meshwright.parallel.functions import as_mesh, cause_for, function, mesh_of, placements_of
 from meshwright.parallel.layout import split_axes, splits
 from meshwright.parallel.redistribute import from_local, replicate, to_local
-from meshwright.parallel.rules.norm import _affine, _Total
+from meshwright.parallel.rules.norm import affine
+from meshwright.parallel.rules.standardize import Total
 
 
 @function(F.rms_norm, torch.rms_norm)
@@ -34,7 +35,7 @@ def rms_norm(input: Any, normalized_shape: Sequence[int], weight: Any = None, ep
     half = local.dtype in (torch.bfloat16, torch.float16)
     wide = local.float() if half else local
     small = torch.finfo(wide.dtype).eps if eps is None else eps
-    square = _Total.apply((wide * wide).sum(dims, keepdim=True), mesh, mine, cause) / math.prod(normalized_shape)
+    square = Total.apply((wide * wide).sum(dims, keepdim=True), mesh, mine, cause) / math.prod(normalized_shape)
     y = wide * (square + small).rsqrt()
-    w = _affine(weight, [1] * (len(shape) - trailing) + list(normalized_shape), shape, placements, axes, cause)
+    w = affine(weight, [1] * (len(shape) - trailing) + list(normalized_shape), shape, placements, axes, cause)
     return from_local((y if w is None else y * w).to(local.dtype), mesh, placements, shape, cause.ledger)
