@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from meshwright.models.cosmoflow import CosmoFlow
+from meshwright.models.cosmoflow import CosmoFlow, pools
 from meshwright.models.losses import hard_dice, soft_dice
 from meshwright.models.resnet import ResNet, resnet18, resnet50
 from meshwright.models.small_unet import SmallUNet, benchmark_unet
@@ -54,9 +54,18 @@ def test_cosmoflow_runs_with_batch_norm_and_a_smaller_width() -> None:
     assert sum(isinstance(module, nn.BatchNorm3d) for module in model.modules()) == 7
 
 
-def test_cosmoflow_refuses_a_size_that_was_not_published() -> None:
-    with pytest.raises(ValueError, match=r"\[128, 256, 512\] voxels a side, not 64"):
-        CosmoFlow(64)
+@pytest.mark.parametrize("size", [16, 32, 64, 128])
+def test_cosmoflow_leaves_out_pools_until_2_cubed_positions_remain(size: int) -> None:
+    model = CosmoFlow(size, in_channels=1, width=1, outputs=3).eval()
+    assert model.features(torch.zeros(1, 1, size, size, size)).shape == (1, 16, 2, 2, 2)
+    assert sum(isinstance(module, nn.AvgPool3d) for module in model.modules()) == pools(size)
+    assert (pools(128), pools(256), pools(512)) == (5, 6, 7)  # as published
+
+
+@pytest.mark.parametrize("size", [8, 24, 100, 1024])
+def test_cosmoflow_refuses_a_size_that_does_not_halve_to_2(size: int) -> None:
+    with pytest.raises(ValueError, match=rf"16, 32, 64, 128, 256, 512 voxels a side, not {size}"):
+        CosmoFlow(size)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group", "none"])

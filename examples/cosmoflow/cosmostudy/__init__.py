@@ -1,0 +1,1 @@
+"""CosmoFlow on whole volumes and on cubes cut from them: the study behind `examples/cosmoflow/run`."""
