@@ -7,7 +7,6 @@ import math
 import numpy as np
 import torch
 
-from cosmology import Array
 from meshwright.parallel import noise
 from meshwright.plan.geometry import Interval
 from slabs import Complex, Real, Slabs
@@ -26,22 +25,16 @@ def white_plane(key: int, size: int, plane: int) -> Real:
     return plain
 
 
-def squared(slabs: Slabs) -> Array:
-    """|n|² of this rank's modes [N, rows, N // 2 + 1], in units of the fundamental wave number."""
-    x, y, z = slabs.wave_numbers()
-    return x**2 + y**2 + z**2
-
-
 def gaussian_modes(slabs: Slabs, key: int, power: Power, box_mpc: float) -> Complex:
-    """The modes δ_k of this rank of a density contrast whose spectrum is `power` (box_mpc in Mpc/h); its mean is 0.
+    """The modes δ_k of this rank, [N, rows, N // 2 + 1], of a density contrast of mean 0 and spectrum `power`.
 
-    ⟨|δ_k|²⟩ = P(k) N⁶ / V in the convention of numpy's transforms, and that of white noise is N³.
+    ⟨|δ_k|²⟩ = P(k) N⁶ / V in the convention of numpy's transforms, of which white noise has N³. `box_mpc` in Mpc/h.
     """
-    modes = slabs.forward(lambda plane: white_plane(key, slabs.size, plane))
+    modes = slabs.forward(lambda i: white_plane(key, slabs.size, slabs.mine.lo + i))
     amplitude = np.zeros(3 * (slabs.size // 2) ** 2 + 1)  # |n|² is a whole number: a table of all there are
     k = 2 * math.pi / box_mpc * np.sqrt(np.arange(1, amplitude.size))
     amplitude[1:] = np.sqrt(power(k) * slabs.size**3 / box_mpc**3)
-    x, y, z = (number.astype(np.int64) for number in slabs.wave_numbers())
-    for first in range(slabs.size):  # by planes, so that the indices take no memory
-        modes[first] *= amplitude[(x[first] ** 2 + y[0] ** 2 + z[0] ** 2)]
+    for j in range(slabs.mine.size):
+        x, y, z = slabs.wave_numbers(j)
+        modes[:, j] = modes[:, j].copy() * amplitude[(x**2 + y**2 + z**2).astype(np.int64)]
     return modes

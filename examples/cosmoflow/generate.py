@@ -3,8 +3,8 @@
     python examples/cosmoflow/generate.py --out DIR --count 256 --voxels 64 --box 256 --workers 2
 
 makes 256 files in DIR. A file holds `image`, the counts per cell (int16, [channels, depth, height, width]), and
-`parameters`, (omega_m, sigma_8, n_s, h_0). The same seed gives the same files, whatever the number of workers or ranks. A call
-after a kill makes what is missing; a larger --count adds to the folder. See docs/universes.md.
+`parameters`, (omega_m, sigma_8, n_s, h_0). The same seed gives the same files, whatever the number of
+workers or ranks. A call after a kill makes what is missing; a larger --count adds to the folder. See docs/universes.md.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import meshwright as mw
-from displacement import potential_modes, second_source
+from displacement import potential, second_source
 from fields import gaussian_modes
 from files import Writer
 from meshwright.data import chance
@@ -48,8 +48,9 @@ def make(settings: Settings, folder: Path, index: int, rank: int = 0, ranks: int
     planes = layers(settings, ranks)[rank]
     writer = Writer(settings, folder, index, rank, ranks)
     for channel, redshift in enumerate(settings.redshifts):
-        potential = potential_modes(slabs, modes, second, parameters.omega_m, redshift)
-        arrived = delivered(settings, slabs, positions(settings, slabs, potential))
+        moved = positions(settings, slabs, potential(slabs, modes, second, parameters.omega_m, redshift))
+        arrived = delivered(settings, slabs, moved)
+        del moved
         writer.write(channel, planes, counts(settings, planes, arrived))
     writer.finish()
     return index
