@@ -39,14 +39,13 @@ def die_while_making(folder: str) -> str:
     def die(file: BinaryIO) -> None:
         file.write(b"half")
         file.flush()
-        Path(folder, "begun").touch()
-        os.kill(os.getpid(), signal.SIGKILL)
+        with open(begun, "wb"):  # waits until the other rank listens
+            os.kill(os.getpid(), signal.SIGKILL)
 
-    rank = int(os.environ["RANK"])
-    if rank == 0:
+    begun = Path(folder, "begun")  # a pipe with a name
+    if int(os.environ["RANK"]) == 0:
         once.once("key", 8, die)
-    while not Path(folder, "begun").exists():
-        os.sched_yield()
+    begun.read_bytes()  # until the other one is dead
     with once.once("key", 8, lambda file: file.write(b"whole")) as file:  # type: ignore[union-attr]
         file.seek(0)
         return file.read().decode()

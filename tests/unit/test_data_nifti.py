@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gzip
+import os
 import tracemalloc
 from pathlib import Path
 
@@ -204,9 +205,9 @@ def test_a_file_system_that_fails_is_tried_again_and_then_named(
     with pytest.raises(DataError, match=r"a.nii.gz: cannot be read: for a moment"):
         open_volume(path)
 
-    def read(stream: object, size: int) -> bytes:
+    def read(file: int, size: int, at: int) -> bytes:
         raise OSError(errno.EIO, "gone")
 
-    monkeypatch.setattr(gzip.GzipFile, "read", read)
-    with pytest.raises(DataError, match=r"a.nii.gz: cannot be read: gone"):
+    monkeypatch.setattr(os, "pread", read)
+    with pytest.raises(DataError, match=r"a.nii.gz: cannot be read \(tried 4 times\): gone"):
         read_box(volume, (slice(0, 2), slice(0, 5), slice(0, 6)))

@@ -90,6 +90,7 @@ def test_a_decoder_that_fails_ends_the_job_with_one_message(scans: Path, tempora
 def test_the_lock_of_a_decoder_that_was_killed_is_free(temporary: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     context, flags = multiprocessing.get_context("spawn"), temporary / "flags"
     flags.mkdir()
+    os.mkfifo(flags / "begun")
     with context.Pool(1) as survivors:
         monkeypatch.setenv("RANK", "1")
         second = survivors.apply_async(_as_rank, (1, str(flags)))

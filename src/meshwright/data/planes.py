@@ -1,30 +1,29 @@
 """Read one box of a NIfTI file: what a rank owns, and nothing it would have to throw away later.
 
-A plane of constant z is one run of bytes, and planes are read one by one. Of a plain file exactly the box is read. A
-compressed one is a stream: it is decoded up to the last row of the box and kept only inside; where several ranks of
+A plane of constant z is one run of bytes, and some planes are read at a time. Of a plain file exactly the box is read.
+A compressed one is a stream: it is decoded up to the last row of the box and kept only inside; where several ranks of
 one host want boxes of it, one of them decodes it into a copy on the local disk, once, and all read their boxes there.
 """
 
 from __future__ import annotations
 
-import gzip
 import math
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from meshwright.data import once
 from meshwright.data.arrays import SLAB_BYTES, Array, Slab, Spans, checked, sizes
+from meshwright.data.gunzip import Gunzip
 from meshwright.data.nifti import Volume, truncated
 from meshwright.data.raw import RawArray
-from meshwright.data.retry import retried, unreadable
 from meshwright.errors import DataError
 
-_SKIP_BYTES = 1 << 16  # decoded and dropped at a time
+BLOCK_BYTES = 1 << 17  # planes read at a time: they and their values in float32 stay in the processor's cache
 
 
 class Planes:
@@ -55,64 +54,80 @@ class Planes:
         return math.prod(self.shape) * (self.channels.stop - self.channels.start) * self.volume.dtype.itemsize
 
     def __iter__(self) -> Iterator[Array]:
+        for _, _, planes in self.blocks(1):
+            yield from planes
+
+    def blocks(self, most_bytes: int = BLOCK_BYTES) -> Iterator[tuple[int, int, Array]]:
+        """Some planes at a time: (channel, first plane, [k, h, w]), counted from the beginning of the box."""
         if self.box_bytes == 0:
             return
         depth, height, width = self.spans
         raw = _uncompressed(self, whole=self.box_bytes == self.volume.data_bytes)
-        at = ((c, z) for c in range(self.channels.start, self.channels.stop) for z in range(depth.start, depth.stop))
+        step = max(1, most_bytes // self._plane_bytes)
+        at = (
+            (c, slice(z, min(z + step, depth.stop)))
+            for c in range(self.channels.start, self.channels.stop)
+            for z in range(depth.start, depth.stop, step)
+        )
         if raw is None:
             yield from self._stream(at)
             return
         for c, z in at:
-            plane, read_bytes = raw.read((slice(c, c + 1), slice(z, z + 1), height, width))
+            planes, read_bytes = raw.read((slice(c, c + 1), z, height, width))
             if raw.shared:
                 self.shared_bytes += read_bytes
             else:
                 self.decoded_bytes += read_bytes
-            yield plane[0, 0]
+            yield c - self.channels.start, z.start - depth.start, planes[0]
 
-    def _stream(self, at: Iterator[tuple[int, int]]) -> Iterator[Array]:
-        _, height, width = self.spans
-        planes, rows, row = self.volume.shape
-        row_bytes = row * self.volume.dtype.itemsize
+    @property
+    def _plane_bytes(self) -> int:
+        return math.prod(self.volume.shape[1:]) * self.volume.dtype.itemsize
+
+    def _stream(self, at: Iterator[tuple[int, slice]]) -> Iterator[tuple[int, int, Array]]:
+        depth, height, width = self.spans
+        dtype, row = self.volume.dtype, self.volume.shape[2]
+        row_bytes, plane_bytes = row * dtype.itemsize, self._plane_bytes
         with _decoded(self.volume) as stream:
-            position = 0
             for c, z in at:
-                start = self.volume.offset_bytes + ((c * planes + z) * rows + height.start) * row_bytes
-                self._take(stream, start - position, keep=False)
-                data = self._take(stream, (height.stop - height.start) * row_bytes)
-                position = start + len(data)
-                if position == self.volume.offset_bytes + self.volume.data_bytes:
+                count = z.stop - z.start
+                start = self.volume.offset_bytes + (c * self.volume.shape[0] + z.start) * plane_bytes
+                self._take(stream, start + height.start * row_bytes - stream.tell(), keep=False)
+                # rows of a plane, and what lies between them and those of the next
+                data = self._take(stream, (count - 1) * plane_bytes + (height.stop - height.start) * row_bytes)
+                if stream.tell() == self.volume.offset_bytes + self.volume.data_bytes:
                     _see_end(self.volume, stream)
-                yield np.frombuffer(data, self.volume.dtype).reshape(-1, row)[:, width]
+                strides = (plane_bytes, row_bytes, dtype.itemsize)
+                planes = np.ndarray((count, height.stop - height.start, row), dtype, data, 0, strides)
+                yield c - self.channels.start, z.start - depth.start, planes[:, :, width]
 
-    def _take(self, stream: BinaryIO, size: int, *, keep: bool = True) -> bytes:
+    def _take(self, stream: Gunzip, size: int, *, keep: bool = True) -> bytes:
         """Decode the next `size` bytes; return them if they are to be kept."""
-        left, data = size, b""
-        while left:
-            try:
-                data = stream.read(left if keep else min(left, _SKIP_BYTES))
-            except (EOFError, zlib.error, gzip.BadGzipFile):
-                data = b""
-            except OSError as error:
-                raise unreadable(error, self.volume.path) from error
-            self.decoded_bytes += len(data)
-            left -= len(data)
-            if not data or (keep and left):
-                raise truncated(self.volume, stream.tell())
+        data, before = b"", stream.tell()
+        try:
+            if keep:
+                data = stream.read(size)
+            else:
+                stream.skip(size)
+        except (EOFError, zlib.error):
+            raise truncated(self.volume, stream.tell()) from None
+        finally:
+            self.decoded_bytes += stream.tell() - before
+        if stream.tell() - before < size:
+            raise truncated(self.volume, stream.tell())
         return data
 
 
-def _decoded(volume: Volume) -> BinaryIO:
-    return retried(lambda: cast(BinaryIO, gzip.open(volume.path)), volume.path)
+def _decoded(volume: Volume) -> Gunzip:
+    return Gunzip(volume.path)
 
 
-def _see_end(volume: Volume, stream: BinaryIO) -> None:
+def _see_end(volume: Volume, stream: Gunzip) -> None:
     """Whoever has decoded all of a stream compares its checksum, which the decoder does at the end."""
     try:
-        while stream.read(_SKIP_BYTES):
+        while stream.skip(SLAB_BYTES):
             pass
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error) as error:
         raise DataError(f"{volume.path}: truncated or damaged: {error}. Fetch the file again.") from None
 
 
@@ -199,20 +214,15 @@ class NiftiArray:
         return reader.decoded_bytes
 
     def slabs(self, spans: Sequence[slice]) -> Iterator[Slab]:
-        """Plane by plane, as the file has them. Raises `DataError`."""
+        """Some planes at a time, as the file has them. Raises `DataError`."""
         box = checked(self, spans)
-        planes, before, shared_before = Planes(self.volume, box), 0, 0
-        depth = box[-3].stop - box[-3].start
-        for number, plane in enumerate(planes):
-            channel, z = divmod(number, depth)
-            where: Spans = (slice(z, z + 1),) if len(box) == 3 else (slice(channel, channel + 1), slice(z, z + 1))
-            yield Slab(
-                where,
-                plane[(None,) * (len(box) - 2)],
-                planes.decoded_bytes - before,
-                planes.shared_bytes - shared_before,
-            )
-            before, shared_before = planes.decoded_bytes, planes.shared_bytes
+        reader, before, shared_before = Planes(self.volume, box), 0, 0
+        for channel, z, planes in reader.blocks():
+            rows = slice(z, z + len(planes))
+            where: Spans = (rows,) if len(box) == 3 else (slice(channel, channel + 1), rows)
+            values = planes if len(box) == 3 else planes[None]
+            yield Slab(where, values, reader.decoded_bytes - before, reader.shared_bytes - shared_before)
+            before, shared_before = reader.decoded_bytes, reader.shared_bytes
 
     def read(self, spans: Sequence[slice]) -> tuple[Array, int]:
         """The box in stored numbers, and the bytes decoded for it. Raises `DataError`."""
