@@ -47,6 +47,22 @@ class Scale:
         return ((value - self.mean) / self.deviation).to(dtype)
 
 
+def part(source: Cubes, plan: Plan, rank: int, indices: Sequence[int], numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """What `rank` holds of a batch of cubes, each under the symmetry of its number: pure reading, nothing is sent.
+
+    Returns counts [n, C, d, h, w] int16 and targets [n, 4] float32.
+    """
+    size, (channels,) = source.size, source.fields["image"].sizes
+    mine, _, *spans = mw.interval((len(indices), channels, size, size, size), plan, rank)
+    counts = torch.empty(mine.stop - mine.start, channels, *(s.stop - s.start for s in spans), dtype=torch.int16)
+    box = tuple(Interval(span.start, span.stop) for span in spans)
+    ends = tuple((span.start, span.stop) for span in spans)
+    for place, (index, number) in enumerate(zip(indices[mine], numbers[mine], strict=True)):
+        found = {"image": torch.from_numpy(source.counts(index, symmetries.source(number, ends, size)))}
+        counts[place] = symmetries.symmetry(number).build([found], box, (size, size, size))["image"]
+    return counts, source.targets[[index // source.per_universe for index in indices[mine]]]
+
+
 class Batches:
     """What the ranks of a plan train on: split tensors of cubes and their targets.
 
@@ -103,17 +119,7 @@ class Batches:
 
     def of(self, indices: Sequence[int], numbers: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The batch of these cubes, each under the symmetry of its number."""
-        size, (channels,) = self.source.size, self.source.fields["image"].sizes
-        mine, _, *spans = mw.interval((len(indices), channels, size, size, size), self.plan, self.rank)
-        sizes = [span.stop - span.start for span in spans]
-        counts = torch.empty(mine.stop - mine.start, channels, *sizes, dtype=torch.int16)
-        key = tuple((span.start, span.stop) for span in spans)
-        box = tuple(Interval(*ends) for ends in key)
-        for place, (index, number) in enumerate(zip(indices[mine], numbers[mine], strict=True)):
-            found = {"image": torch.from_numpy(self.source.counts(index, symmetries.source(number, key, size)))}
-            counts[place] = symmetries.symmetry(number).build([found], box, (size, size, size))["image"]
-        universes = [index // self.source.per_universe for index in indices[mine]]
-        return self._placed(counts, self.source.targets[universes], len(indices))
+        return self._placed(*part(self.source, self.plan, self.rank, indices, numbers), len(indices))
 
     def _placed(self, counts: Tensor, targets: Tensor, count: int) -> tuple[Tensor, Tensor]:
         """This rank's counts and targets as the split tensors that the network takes."""

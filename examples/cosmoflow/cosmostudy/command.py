@@ -7,8 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmostudy import report, settings, study
+from cosmostudy import report, scaling, scaling_figure, settings, study
 from cosmostudy.laws import laws
+from meshwright.cluster.cluster import Cluster
 from meshwright.errors import MeshwrightError, RankError
 
 BROKEN = 3  # exit code where a law does not hold
@@ -18,6 +19,7 @@ _EXAMPLES = """examples:
   examples/cosmoflow/run                              all of it: every size, three seeds; under an hour on two cores
   examples/cosmoflow/run                              once more after a kill: goes on where it was
   examples/cosmoflow/run --report                     table and plots anew, of what is finished
+  examples/cosmoflow/run --scaling                    seconds, bytes and memory of a step on 1 to 8 ranks
 
   examples/cosmoflow/run --set train.recipe=original --out runs/original      Adam and a linear decay
   examples/cosmoflow/run --print-settings > mine.yaml; examples/cosmoflow/run --config mine.yaml --out runs/mine
@@ -47,6 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", metavar="FILE", help="settings as YAML; unknown keys are errors")
     add("--set", metavar="A.B=C", action="append", default=[], help="one setting; may be repeated")
     add("--print-settings", action="store_true", help="print all settings as YAML, then end")
+    add("--scaling", action="store_true", help="instead: measure how a step of the largest size scales with ranks")
     add("--report", action="store_true", help="train nothing: write the table and the plots of what is finished")
     return parser
 
@@ -60,12 +63,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if args.print_settings:
             print(wanted.yaml(), end="")
             return 0
+        if args.scaling:
+            return _scaling(wanted, out)
         if not args.report:
             stopped = study.train(wanted, out, study.prepare(wanted, out))
             if stopped:
                 print(f"stopped by signal {stopped}; the same command goes on where it was", file=sys.stderr)
                 return 128 + stopped
-        return _report(wanted, out)
+        return _report(wanted, out) if Cluster.detect().rank == 0 else 0
     except RankError as error:
         print(error.cause or error, file=sys.stderr)
         print(f"error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
@@ -73,6 +78,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MeshwrightError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+
+
+def _scaling(wanted: settings.Study, out: Path) -> int:
+    folder = study.prepare(wanted, out)
+    rows = scaling.measure(wanted, folder, study.scale(wanted, folder, out), out)
+    scaling_figure.draw(out / "scaling.png", rows, max(wanted.sizes))
+    print(f"{out}/scaling.json, scaling.png")
+    return 0
 
 
 def _report(wanted: settings.Study, out: Path) -> int:

@@ -18,15 +18,16 @@ INK, SOFT, GRID = "#1a2027", "#5a6570", "#e4e7ea"
 DPI = 110
 
 
-def _pyplot() -> Any:
+def pyplot() -> Any:
+    """matplotlib's, without a screen, in the colours of the report. Raises `ConfigError` without matplotlib."""
     try:
         import matplotlib
     except ModuleNotFoundError:
         raise ConfigError("the plots need matplotlib: pip install 'meshwright[examples]'") from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot as plot
 
-    pyplot.rcParams.update(
+    plot.rcParams.update(
         {
             "font.size": 9,
             "axes.edgecolor": SOFT,
@@ -43,7 +44,7 @@ def _pyplot() -> Any:
             "savefig.bbox": "tight",
         }
     )
-    return pyplot
+    return plot
 
 
 def errors(
@@ -56,9 +57,9 @@ def errors(
     note: str,
 ) -> None:
     """Error against the edge of a cube: each parameter, then their mean beside the paper's, then the laws in words."""
-    pyplot = _pyplot()
+    plot = pyplot()
     sizes = sorted(size for size, batch_norm in by_key if batch_norm) or sorted({size for size, _ in by_key})
-    drawing, axes = pyplot.subplots(1, 3, figsize=(11.5, 3.9), width_ratios=(1, 1, 1.25))
+    drawing, axes = plot.subplots(1, 3, figsize=(11.5, 3.9), width_ratios=(1, 1, 1.25))
     for axis, what, title in zip(axes, ("cube", "universe"), ("one cube", "mean of a universe's cubes"), strict=False):
         for at, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
             _line(axis, sizes, [with_bar(getattr(by_key[size, True], what)[..., at]) for size in sizes
@@ -76,7 +77,7 @@ def errors(
     drawing.text(0.01, -0.03, words, fontsize=9, color=INK if not broken else "#b3261e", wrap=True)
     drawing.tight_layout()
     drawing.savefig(path)
-    pyplot.close(drawing)
+    plot.close(drawing)
 
 
 def _beside_the_paper(
@@ -121,12 +122,12 @@ def scatter(path: Path, found: Sequence[Finished]) -> None:
 
     Faint dots are single cubes (2,000 at most), the others the mean of a universe's; the first seed with batch norm.
     """
-    pyplot = _pyplot()
+    plot = pyplot()
     seed = found[0].training.seed
     own = [one for one in found if one.training.batch_norm and one.training.seed == seed] or list(found)
     ends = sorted({one.training.size for one in own})
     rows = [next(one for one in own if one.training.size == size) for size in dict.fromkeys((ends[0], ends[-1]))]
-    drawing, axes = pyplot.subplots(
+    drawing, axes = plot.subplots(
         len(rows), 4, figsize=(10.5, 2.7 * len(rows)), squeeze=False, sharex=True, sharey=True
     )
     for row, one in zip(axes, rows, strict=True):
@@ -144,5 +145,5 @@ def scatter(path: Path, found: Sequence[Finished]) -> None:
         axis.set_xlabel("true, −1 … 1 over its range")
     drawing.tight_layout()
     drawing.savefig(path)
-    pyplot.close(drawing)
+    plot.close(drawing)
     assert len(NAMES) == len(PARAMETERS)

@@ -20,6 +20,7 @@ from cosmostudy.progress import clock
 from cosmostudy.settings import Study
 from cosmostudy.training import PREDICTIONS, RESULT, Training, trainings
 from generate import generate, missing_universes
+from meshwright.cluster.cluster import Cluster
 from meshwright.cluster.machine import describe, usable_cores
 from meshwright.errors import ConfigError
 from meshwright.train import rundir, signals
@@ -41,13 +42,22 @@ class Finished:
 def prepare(study: Study, out: Path) -> str:
     """Make the folder of the study, or see that it is this study's, and the universes; returns their folder.
 
-    Raises `ConfigError` if another study is in `out`.
+    Ranks that a launcher has started make no universes: make them before, and name them as `data.folder`.
+    Raises `ConfigError` for that, and if another study is in `out`.
     """
+    place = Cluster.detect()
+    if place.launcher != "local" and study.data.folder is None:
+        raise ConfigError(
+            f"under {place.launcher} universes are made before: generate.py --out DIR --count "
+            f"{study.data.train + study.data.test} --voxels {study.data.voxels} --box {study.data.box_mpc:g}, "
+            "then --set data.folder=DIR"
+        )
     out.mkdir(parents=True, exist_ok=True)
     own, path = study.yaml(), out / STUDY
     if path.exists() and path.read_text(encoding="utf-8") != own:
         raise ConfigError(f"{path} is another study: choose another --out, or the same settings to go on with it")
-    rundir.write_text(path, own)
+    if place.rank == 0:
+        rundir.write_text(path, own)
     data = study.data
     if data.folder is not None:
         return data.folder

@@ -22,7 +22,8 @@ class CosmoFlow(nn.Module):
     """[N, in_channels, S, S, S] → [N, outputs], S = `input_size`.
 
     Seven 3³ convolutions without bias, each with leaky ReLU and average pooling k3 s2 p1 (the last pools are left out
-    below 512³, so that 2³ positions remain: `pools`), then fully connected layers of 2048, 256 and `outputs` with dropout.
+    below 512³, so that 2³ positions remain: `pools`), then fully connected layers of 2048, 256 and `outputs` with
+    dropout.
     `batch_norm` puts a batch norm behind each convolution; `keep` is the probability to keep a feature.
     The published 55.55 / 443.8 / 3550 GFlop per sample at 128³ / 256³ / 512³ are 3 × the forward pass of the
     convolutions; the fully connected layers add 0.03.
