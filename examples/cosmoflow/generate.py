@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from multiprocessing.context import BaseContext
 from pathlib import Path
 
 import torch
@@ -82,8 +83,7 @@ def missing_universes(settings: Settings, out: Path) -> list[int]:
 def _in_processes(
     settings: Settings, out: Path, missing: Sequence[int], workers: int, done: Callable[[int], None]
 ) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork would share the threads' locks of torch
-    with ProcessPoolExecutor(min(workers, len(missing)), context, torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(min(workers, len(missing)), _context(), torch.set_num_threads, (1,)) as pool:
         running = [pool.submit(make, settings, out, index) for index in missing]
         try:
             for one in as_completed(running):
@@ -94,6 +94,15 @@ def _in_processes(
             ) from None
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _context() -> BaseContext:
+    """A fork server imports torch once instead of once a worker; forking is not safe with macOS's libraries."""
+    if sys.platform != "linux":
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.tensor", "meshwright.cluster.worker", "meshwright"])
+    return context
 
 
 def _on_ranks(settings: Settings, out: Path, quiet: bool) -> None:

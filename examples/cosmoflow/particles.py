@@ -21,7 +21,7 @@ Whole = npt.NDArray[np.int64]
 
 BITS = 21  # of one coordinate
 _MASK = (1 << BITS) - 1
-_BLOCK = 1 << 16  # particles counted at a time: what is computed for them stays in the cache
+_BLOCK = 1 << 14  # particles counted at a time: what is computed for them stays in the cache
 _WEIGHT_BITS = 3 * (STEPS.bit_length() - 1)  # of a whole particle's weight in cloud-in-cell
 _MOST = np.iinfo(np.int16).max
 

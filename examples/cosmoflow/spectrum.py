@@ -2,7 +2,7 @@
 
 Wave numbers come in h/Mpc and powers go in (Mpc/h)³. Numbers in brackets are equations of the paper, whose own wave
 numbers are in 1/Mpc. The paper promises the transfer function to better than 10 %; in the ranges of `universes.Ranges`
-it is within 1.5 % of camb's. The smooth one leaves out the acoustic oscillations.
+it is within 2.5 % of camb's. The smooth one leaves out the acoustic oscillations.
 """
 
 from __future__ import annotations
