@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -18,17 +17,17 @@ from wire import Wire, watched
 
 import meshwright as mw
 from exchange_counts import Count, cosmoflow, counted, even, is_even, places, switch
-from meshwright.models import cosmoflow as models
+from meshwright.models.cosmoflow import CosmoFlow, pools
 from meshwright.parallel.account import totals
 from meshwright.parallel.transport import VARIABLE
 from meshwright.plan.exchange import RankStep, planned
 from meshwright.plan.layers import layers_of
 
 WIDTH = 4
-POOLS = {32: 3, 64: 4}  # edge → pools, so that 2³ positions are left as in the published sizes
+EDGES = (32, 64)
 SPLITS = {"d8": (8, 1, 1), "d4h2": (4, 2, 1), "d2h4": (2, 4, 1), "d2h2w2": (2, 2, 2)}  # depth × height × width
 EVEN = {"d8": 5, "d4h2": 6, "d2h4": 6, "d2h2w2": 10}  # of the 10 layers at 32³, which the closed form is for
-RUNS = [(edge, name) for edge in POOLS for name in SPLITS]
+RUNS = [(edge, name) for edge in EDGES for name in SPLITS]
 WEIGHTS = 27 * WIDTH * (4 + WIDTH * (2 + 8 + 32 + 128 + 256 + 256))  # of the convolutions
 Rows = dict[tuple[str, str], tuple[int, int]]
 
@@ -49,8 +48,8 @@ def plan_of(name: str) -> mw.Plan:
 
 
 def network(edge: int, device: str) -> nn.Module:
-    with mock.patch.dict(models._POOLS, POOLS), torch.device(device):
-        return models.CosmoFlow(edge, width=WIDTH)
+    with torch.device(device):
+        return CosmoFlow(edge, width=WIDTH)
 
 
 def plan_for(edge: int, name: str) -> tuple[RankStep, ...]:
@@ -211,7 +210,7 @@ def test_what_was_planned_is_the_closed_form(key: tuple[int, str]) -> None:
     """And where shards are uneven or empty, what explicit positions say; no layer is left out."""
     edge, name = key
     parts, plans, fit = SPLITS[name], plan_for(*key), 0
-    layers = cosmoflow(edge, WIDTH, POOLS[edge])
+    layers = cosmoflow(edge, WIDTH, pools(edge))
     for index, layer in enumerate(layers):
         found = [Count(*plan.exchanges[index].forward, *plan.exchanges[index].backward) for plan in plans]
         assert found == counted(layer, parts), layer.name

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from meshwright.plan.geometry import chunk, chunks, transfers, window
+from meshwright.plan.geometry import chunk, chunks, pools_early, transfers, window
 from meshwright.plan.layers import Layer, Network, Taps, Weight
 from meshwright.plan.plan import Plan
 
@@ -121,10 +121,14 @@ def _pool_near(
         dim: (plan.axes[axis].size, place[axis]) for axis, dim in space
     }
     cuts = {dim: _cut(layer.shape[dim], layer.out[dim], layer.taps[dim - 2], n) for dim, (n, _) in parts.items()}
-    near = [dim for dim, cut in cuts.items() if not any(side.sent for side in cut)]
-    if layer.itemsize >= 4 and any(layer.taps[dim - 2].kernel > 1 or layer.taps[dim - 2].stride > 1 for dim in near):
-        for dim in near:
-            extents[dim] = chunk(layer.out[dim], *parts[dim]).size
+    for dim, cut in cuts.items():
+        tap, size, out = layer.taps[dim - 2], layer.shape[dim], layer.out[dim]
+        if (
+            layer.itemsize >= 4
+            and not any(side.sent for side in cut)
+            and pools_early(tap.kernel, tap.stride, size, out)
+        ):
+            extents[dim] = chunk(out, *parts[dim]).size
 
 
 class _Cut(NamedTuple):

@@ -60,6 +60,12 @@ def reached(
     return (inside, inside.lo - lo, hi - inside.hi) if inside.size else (Interval(0, 0), hi - lo, 0)
 
 
+def pools_early(kernel: int, stride: int, size: int, out: int) -> bool:
+    """Whether average pooling sums along a dim that needs no other rank before it exchanges: then less is left to send
+    (padding may make `out` larger than `size`)."""
+    return (kernel > 1 or stride > 1) and out <= size
+
+
 @dataclass(frozen=True)
 class Transfer:
     """Global positions `span` of a dim, owned by part `source`, needed by part `target`."""

@@ -21,7 +21,7 @@ from meshwright.parallel.functions import function, tuple_of
 from meshwright.parallel.pool_kernels import Boxes, average
 from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, unravelled
 from meshwright.parallel.tensor import wrap
-from meshwright.plan.geometry import Interval, chunks, reached
+from meshwright.plan.geometry import Interval, chunks, pools_early, reached
 
 _MAX: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -209,7 +209,8 @@ def avg_pool(
     out_shape = _sizes(_AVG[n], tuple(input.shape), (kernel, strides, pads, *options))
     space, local = enter(input, "avg_pool")
     far = _far(space, out_shape, grids)
-    near = [i for i, grid in enumerate(grids) if i not in far and (grid.k > 1 or grid.s > 1)]
+    sizes = zip(grids, input.shape[2:], out_shape[2:], strict=True)
+    near = [i for i, (g, size, out) in enumerate(sizes) if i not in far and pools_early(g.k, g.s, size, out)]
     if far and near and local.dtype in (torch.float32, torch.float64):
         # Sums over boxes are sums over lines: first where no other rank is needed, then less is left to send and lay
         # together. Halves would round in between.
