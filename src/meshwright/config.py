@@ -56,10 +56,10 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The network: its name in `meshwright.models` and its sizes (`unet3d` has fixed ones)."""
+    """The network: its name in `meshwright.models` and its sizes (levels and norm are those of `small_unet`)."""
 
     name: Literal["small_unet", "unet3d"] = "small_unet"
-    base: int = 8
+    base: int | None = None  # channels of the first convolution; None: 8 in small_unet, 32 in unet3d as published
     levels: int = 3
     norm: Literal["batch", "group", "none"] = "batch"
 

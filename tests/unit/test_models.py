@@ -34,6 +34,13 @@ def test_unet3d_has_the_published_counts() -> None:
     assert sum(forward_flops(model, 1, 1, 256, 256, 256).values()) == pytest.approx(31.3e12, rel=2e-3)
 
 
+def test_unet3d_may_be_narrower() -> None:
+    few, more = count_parameters(UNet3D(base=4)), count_parameters(UNet3D(base=8))
+    assert 3.9 < more / few < 4.0  # norms and the head grow linearly
+    with pytest.raises(ValueError, match="base = 0"):
+        UNet3D(base=0)
+
+
 def test_unet3d_keeps_the_size() -> None:
     assert UNet3D().eval()(torch.zeros(1, 1, 16, 8, 24)).shape == (1, 3, 16, 8, 24)
 

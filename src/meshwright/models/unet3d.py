@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
-_DOWN = ((32, 64), (64, 128), (128, 256))
-_BOTTOM = (256, 512)
-_UP = ((256, 256), (128, 128), (64, 64))
+_DOWN = ((1, 2), (2, 4), (4, 8))  # channels in units of `base`
+_BOTTOM = (8, 16)
+_UP = ((8, 8), (4, 4), (2, 2))
 
 
-def _block(channels: int, widths: tuple[int, int]) -> nn.Sequential:
+def _block(channels: int, widths: Sequence[int]) -> nn.Sequential:
     """Two 3³ convolutions without bias, each with batch norm and ReLU; the sizes stay."""
     layers: list[nn.Module] = []
     for width in widths:
@@ -24,22 +26,28 @@ class UNet3D(nn.Module):
 
     Structure and counts: Oyama et al., "The Case for Strong Scaling in Deep Learning: Training Large 3D CNNs with
     Hybrid Parallelism", IEEE TPDS 32(7). Transposed convolutions keep the number of channels and have no bias, so
-    the counts are 19,070,563 parameters and 31.26 TFlop (2 per multiply and add) for one 256³ sample.
+    the counts are 19,070,563 parameters and 31.26 TFlop (2 per multiply and add) for one 256³ sample. `base` is the
+    number of channels of the first convolution, of which all others are multiples; 32 is the published one.
+
+    Raises `ValueError` for fewer than one channel.
     """
 
-    def __init__(self, in_channels: int = 1, classes: int = 3) -> None:
+    def __init__(self, in_channels: int = 1, classes: int = 3, base: int = 32) -> None:
         super().__init__()
+        if base < 1:
+            raise ValueError(f"base = {base}: the first convolution needs at least one channel")
         self.down = nn.ModuleList()
+        down, bottom, up = ([[base * n for n in pair] for pair in part] for part in (_DOWN, (_BOTTOM,), _UP))
         channels = in_channels
-        for widths in _DOWN:
+        for widths in down:
             self.down.append(_block(channels, widths))
             channels = widths[-1]
         self.pool = nn.MaxPool3d(2)
-        self.bottom = _block(channels, _BOTTOM)
-        channels = _BOTTOM[-1]
+        self.bottom = _block(channels, bottom[0])
+        channels = bottom[0][-1]
         self.rise = nn.ModuleList()
         self.up = nn.ModuleList()
-        for widths, (_, skip) in zip(_UP, reversed(_DOWN), strict=True):
+        for widths, (_, skip) in zip(up, reversed(down), strict=True):
             self.rise.append(nn.ConvTranspose3d(channels, channels, 2, stride=2, bias=False))
             self.up.append(_block(channels + skip, widths))
             channels = widths[-1]

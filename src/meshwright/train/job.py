@@ -160,9 +160,11 @@ def make_model(config: Config, classes: int, channels: int = 1) -> nn.Module:
     model, memory = config.model, torch.channels_last_3d if config.train.channels_last else torch.contiguous_format
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
-        network: nn.Module = UNet3D(channels, classes)
+        network: nn.Module
         if model.name == "small_unet":
-            network = SmallUNet(channels, classes, model.base, model.levels, model.norm)
+            network = SmallUNet(channels, classes, model.base or 8, model.levels, model.norm)
+        else:
+            network = UNet3D(channels, classes, model.base or 32)
     return network.to(_DTYPE[config.train.precision]).to(memory_format=memory)  # type: ignore[call-overload]
 
 
