@@ -42,9 +42,10 @@ class DataConfig:
     fold: int = 0  # mni152: 0 trains on the first planes, 1 on the last
     hemisphere: Literal["both", "left"] = "both"
     crop: bool = True  # mni152: the box around the brain instead of all planes
-    image: str = "image"  # path: the word in file names, and the name of the dataset in HDF5 and Zarr
+    # path: the word in file names, and the name of the dataset in HDF5 and Zarr; several, [t1, t2], are channels
+    image: str | tuple[str, ...] = "image"
     label: str = "label"
-    images: str | None = None  # folder: a file pattern such as scans/*_t1.nii.gz
+    images: str | tuple[str, ...] | None = None  # folder: a file pattern such as scans/*_t1.nii.gz; several: channels
     labels: str | None = None
     classes: tuple[str, ...] = ()  # folder: the names of the label values 0, 1, 2 …; none: counted in the labels
     intensity: tuple[float, ...] | None = None  # folder: centre and spread; None: measured in each image
@@ -235,8 +236,9 @@ def _value(hint: Any, value: object, where: str, key: str) -> Any:
     if origin is types.UnionType:
         if value is None and type(None) in arguments:
             return None
-        hint = next(choice for choice in arguments if choice is not type(None))
-        return _value(hint, value, where, key)
+        choices = [choice for choice in arguments if choice is not type(None)]
+        lists = [choice for choice in choices if typing.get_origin(choice) is tuple]
+        return _value((lists if isinstance(value, list | tuple) and lists else choices)[0], value, where, key)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_value(arguments[0], item, where, f"{key}[{index}]") for index, item in enumerate(value))
     if hint is float and type(value) is int:

@@ -166,6 +166,78 @@ def test_channels_of_one_case_have_the_numbers_and_the_orientation_of_all(tmp_pa
         find_pairs(tmp_path)
 
 
+def second(case: int) -> np.ndarray:
+    """What t2 is beside the image of a case, t1."""
+    return IMAGES[case] // 3 + 7
+
+
+def t1_and_t2(folder: Path, how: str) -> Path:
+    for case in range(COUNT):
+        words = {"t1": IMAGES[case], "t2": second(case), "flair": IMAGES[case][:2]}
+        if how == "folders":
+            for word, array in words.items():
+                nifti(folder / f"images/case{case}_{word}.nii.gz", array)
+            npy(folder / f"labels/case{case}.npy", LABELS[case])
+        elif how == "endings":
+            for word, array in {**words, "label": LABELS[case]}.items():
+                npy(folder / f"case{case}_{word}.npy", array)
+        elif how == "files":
+            with h5py.File(folder / f"{case}.h5", "w") as file:
+                for word, array in {**words, "label": LABELS[case][None]}.items():
+                    file[word] = array
+    if how == "stack":
+        group = zarr.open_group(folder / "all.zarr", mode="w")
+        group.create_array("t1", data=np.stack(IMAGES))
+        group.create_array("t2", data=np.stack([second(case) for case in range(COUNT)]))
+        group.create_array("label", data=np.stack(LABELS))
+    return folder
+
+
+@pytest.mark.parametrize("how", ["folders", "endings", "files", "stack"])
+def test_several_images_are_channels_in_the_order_asked_for(how: str, tmp_path: Path) -> None:
+    t1_and_t2(tmp_path, how)
+    spans = (slice(2, 6), slice(0, 6), slice(1, 4))
+    ways = [(("t2", "t1"), [second, IMAGES.__getitem__]), (("t1",), [IMAGES.__getitem__])]
+    for words, made in ways[: 1 if how == "folders" else 2]:  # of one word, all files in images/ are images
+        settings = config.load(None, [f"data.path={tmp_path}", f"data.image=[{', '.join(words)}]"])
+        train, held = sources(settings)
+        assert (len(train.names), len(held.names), train.fields["image"].sizes) == (2, 1, (len(words),))
+        part = train.read(1, spans)
+        for channel, stored in enumerate(made):
+            image = stored(1).astype(np.float64)
+            expected = (image - image[image != 0].mean()) / image[image != 0].std()
+            np.testing.assert_allclose(part.image[0, channel].numpy(), expected[spans], rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(part.label[0].numpy(), LABELS[1][spans])
+
+
+def test_several_images_by_patterns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    t1_and_t2(tmp_path, "endings")
+    monkeypatch.chdir(tmp_path)
+    words = ["data.name=folder", "data.images=['*_t1.npy', '*_t2.npy']", "data.labels='*_label.npy'"]
+    known = sources(config.load(None, words))[0]
+    assert (known.fields["image"].sizes, known.names) == ((2,), ("case0_label.npy", "case1_label.npy"))
+    written = settled(config.load(None, words), known)
+    assert written.data.images == (f"{tmp_path}/*_t1.npy", f"{tmp_path}/*_t2.npy")
+    assert config.read(config.Config, written.as_dict(), "again") == written
+    (tmp_path / "case1_t2.npy").unlink()
+    with pytest.raises(DataError, match=r"data.images '\*_t2.npy' finds 2 files but data.labels .* finds 3"):
+        sources(config.load(None, words))
+
+
+def test_a_case_without_one_of_several_images_is_named(tmp_path: Path) -> None:
+    t1_and_t2(tmp_path, "endings")
+    (tmp_path / "case1_t2.npy").unlink()
+    with pytest.raises(DataError, match=r"case1_t1.npy: there is no case1_t2.\* beside it; each case needs one"):
+        find_pairs(tmp_path, ("t1", "t2"))
+    with pytest.raises(DataError, match=r"case0_t1.npy has shape \(7, 6, 5\) but .*case0_flair.npy has \(2, 6, 5\)"):
+        find_pairs(tmp_path, ("t1", "flair"))
+    bad: list[str] = []
+    assert len(find_pairs(tmp_path, ("t1", "t2"), bad=bad)) == len(bad) + 1 == 2
+    for words in ((), ("t1", "t1"), ("t1", "label")):
+        with pytest.raises(DataError, match=r"data.image = .*: one word or more, each once, are needed"):
+            find_pairs(tmp_path, words)
+
+
 def test_other_words_can_be_named(tmp_path: Path) -> None:
     with h5py.File(tmp_path / "a.h5", "w") as file:
         file["raw"], file["truth"] = IMAGES[0], LABELS[0]

@@ -156,9 +156,10 @@ def spacing_of(attributes: Mapping[str, Any], name: str) -> tuple[float, float, 
     return d, h, w
 
 
-def see_numbers(name: str, dtype: np.dtype[Any], shape: Sequence[int]) -> None:
-    """Raise `DataError` unless an array holds numbers in at least three dims."""
+def see_numbers(name: str, dtype: np.dtype[Any], shape: Sequence[int], dims: int = 3) -> None:
+    """Raise `DataError` unless an array holds numbers in at least `dims` dims."""
     if dtype.kind not in "iufb":
         raise DataError(f"{name}: values of type {dtype}; integers or floating-point numbers are expected")
-    if len(shape) < 3:
-        raise DataError(f"{name}: an array of shape {tuple(shape)}; at least the dims D, H, W are expected")
+    if len(shape) < dims:
+        least = "the dims D, H, W are" if dims == 3 else f"{dims} dim{'s are' if dims > 1 else ' is'}"
+        raise DataError(f"{name}: an array of shape {tuple(shape)}; at least {least} expected")

@@ -54,7 +54,7 @@ class Augmented(Wrapped):
         boxes = transforms.source_spans(transform, spans, shape)
         source = self._source if boxes == (tuple(spans),) else self._fresh
         parts = [source.read(sample, box) for box in boxes]
-        volumes = [name for name, field in self.fields.items() if "D" in field.layout]
+        volumes = [name for name, field in self.fields.items() if field.is_volume]
         one = [{name: tensor[0] for name, tensor in part.items()} for part in parts]
         built = transforms.build(transform, one, spans, shape, volumes)
         stats = sum((part.stats for part in parts), ReadStats())

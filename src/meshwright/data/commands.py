@@ -30,7 +30,7 @@ def add_to(sub: argparse.ArgumentParser) -> None:
     one.add_argument("--to", choices=("zarr", "hdf5", "npy"), default="zarr", help="default: zarr")
     for axis in ("depth", "height", "width"):
         one.add_argument(f"--{axis}", type=int, default=1, metavar="N", help=f"ranks along {axis}: no chunk is cut")
-    one.add_argument("--image", default="image", metavar="WORD", help="as data.image")
+    one.add_argument("--image", default=["image"], nargs="+", metavar="WORD", help="as data.image; several: channels")
     one.add_argument("--label", default="label", metavar="WORD", help="as data.label")
     one.set_defaults(command=_convert)
 

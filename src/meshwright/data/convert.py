@@ -18,11 +18,11 @@ from typing import Any, Literal, NamedTuple, TextIO
 import numpy as np
 
 from meshwright.data import hdf5, once, zarrs
-from meshwright.data.arrays import Array, Slab, StoredArray, sizes
+from meshwright.data.arrays import Array, StoredArray, sizes
 from meshwright.data.folder import stem
 from meshwright.data.formats import open_array
 from meshwright.data.planes import NiftiArray
-from meshwright.data.views import Channels, files_of
+from meshwright.data.views import Channels, files_of, parts_of
 from meshwright.data.volumes import Pair
 from meshwright.errors import DataError
 from meshwright.plan.plan import Plan
@@ -49,7 +49,7 @@ class Target(NamedTuple):
     @property
     def source(self) -> str:
         """What the array is made from, and how: what a call that goes on must find unchanged."""
-        made_from = once.identity(files_of(self.array), self.array.name)
+        made_from = once.identity(files_of(self.array), *(part.name for part in parts_of(self.array)))
         return f"{made_from} {self.array.shape} {self.chunks} {self.dtype.str}"
 
     @property
@@ -169,20 +169,20 @@ def _slabs(array: StoredArray, step: int) -> Iterator[tuple[tuple[slice, ...], C
         first = (slice(channel, channel + 1),) * len(lead)
         box = first if part is array else ()
         rest = (slice(0, height), slice(0, width))
-        planes = part.slabs((*box, slice(0, depth), *rest)) if _is_stream(part) else None
+        planes = _planes(part, (*box, slice(0, depth), *rest)) if _is_stream(part) else None
         for start in range(0, depth, step):
             span = slice(start, min(start + step, depth))
 
             def values(
                 part: StoredArray = part,
-                planes: Iterator[Slab] | None = planes,
+                planes: Iterator[Array] | None = planes,
                 wanted: tuple[slice, ...] = (*box, span, *rest),
                 shape: tuple[int, ...] = (*(1 for _ in lead), span.stop - span.start, height, width),
             ) -> Array:
                 if planes is None:
                     raw = part.read(wanted)[0]
                 else:
-                    raw = np.concatenate([next(planes).values for _ in range(shape[-3])], axis=-3)
+                    raw = np.concatenate([next(planes) for _ in range(shape[-3])], axis=-3)
                 return (raw if _is_plain(part) else part.scale(raw)).reshape(shape)
 
             if planes is None:
@@ -190,6 +190,13 @@ def _slabs(array: StoredArray, step: int) -> Iterator[tuple[tuple[slice, ...], C
             else:  # a stream passes by, whether it is wanted or not
                 taken = values()
                 yield (*first, span, *rest), lambda taken=taken: taken  # type: ignore[misc]
+
+
+def _planes(array: StoredArray, box: tuple[slice, ...]) -> Iterator[Array]:
+    """Planes [..., 1, H, W] of a stream, which comes in pieces of any number of them."""
+    for slab in array.slabs(box):
+        for z in range(slab.values.shape[-3]):
+            yield slab.values[..., z : z + 1, :, :]
 
 
 def _is_stream(array: StoredArray) -> bool:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from meshwright.data import moves as messages
-from meshwright.data.buffers import buffer, empty
+from meshwright.data.buffers import Recycled, buffer, empty
 from meshwright.data.moves import Exchange
 from meshwright.data.owners import Box, Moves, Owners, Piece, Shape, cell, sizes
 from meshwright.data.packing import Packing, field_bytes, within
-from meshwright.data.source import Field
+from meshwright.data.source import Field, Part
 from meshwright.data.store_views import Augment, Views
 from meshwright.errors import DataError, ExchangeError
 
@@ -80,9 +80,10 @@ class Delivery:
         rank: int,
         order: Callable[[int], Sequence[int]],
         augment: Augment | None,
-        pinned: bool,
+        pages: Recycled | None,
     ) -> None:
-        self.source, self.owners, self.rank, self.order, self.pinned = source, owners, rank, order, pinned
+        self.source, self.owners, self.rank, self.order = source, owners, rank, order
+        self.pages = pages  # for batches; None: pinned memory, of which torch keeps what is free
         self.augment = augment
         self.packing = Packing(source.fields)
         self.sent_bytes = self.received_bytes = self.messages = 0
@@ -130,6 +131,9 @@ class Delivery:
                 for name, f in self.packing.fields.items()
                 if name in part
             }
+            packed = part.packed if isinstance(part, Part) else None
+            if packed is not None and self.packing.is_packed(packed, fields, sizes(box)):
+                return packed
             return self.packing.pack(fields, sizes(box))
         except (DataError, OSError, ValueError, RuntimeError, KeyError, IndexError) as error:
             kind = "" if isinstance(error, DataError) else f"{type(error).__name__}: "
@@ -174,10 +178,7 @@ class Delivery:
     def batch(self, step: Step, arrived: Mapping[Piece, Tensor]) -> Batch:
         """This rank's batch, of what it keeps and what has arrived: new tensors, pinned where a GPU is to get them."""
         moves, want = step.moves, cell(self.owners.plan, step.shape, self.rank, self.owners.halo)
-        fields = {
-            name: self._room((len(moves.positions), *f.shape(sizes(want))), f.dtype)
-            for name, f in self.packing.fields.items()
-        }
+        fields = self._room(len(moves.positions), sizes(want))
         for row, position in enumerate(moves.positions):
             pieces = [piece for piece in moves.arriving if piece.position == position]
             rows = {name: value[row] for name, value in fields.items()}
@@ -188,7 +189,7 @@ class Delivery:
             parts = [{n: empty(f.shape(sizes(b)), f.dtype) for n, f in self.packing.fields.items()} for b in boxes]
             for k, (part, box) in enumerate(zip(parts, boxes, strict=True)):
                 self._fill(part, box, step, [piece for piece in pieces if piece.part == k], arrived)
-            volumes = [name for name, f in self.packing.fields.items() if "D" in f.layout]
+            volumes = [name for name, f in self.packing.fields.items() if f.is_volume]
             for name, value in step.views.built(position, parts, want, volumes).items():
                 rows[name].copy_(value)
         return Batch(moves.step, moves.indices, (len(moves.indices), *step.shape), fields)
@@ -219,8 +220,18 @@ class Delivery:
                     "resample them, or set the batch to 1"
                 )
 
-    def _room(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, pin_memory=True) if self.pinned else empty(shape, dtype)
+    def _room(self, count: int, box: Shape) -> dict[str, Tensor]:
+        """Fields [count, …] in one buffer: two of them would leave twice as much that fills no huge page."""
+        nbytes = sum(count * field_bytes(f, box) for f in self.packing.fields.values())
+        memory = (
+            torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if self.pages is None else self.pages.buffer(nbytes)
+        )
+        found, at = {}, 0
+        for name, f in self.packing.fields.items():  # wide types first, so that all are aligned
+            size = count * field_bytes(f, box)
+            found[name] = memory[at : at + size].view(f.dtype).view((count, *f.shape(box)))
+            at += size
+        return found
 
     def _by_peer(self, pieces: Sequence[Piece]) -> ByPeer:
         return messages.by_peer(pieces, self.rank, self.packing)

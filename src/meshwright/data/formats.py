@@ -21,10 +21,11 @@ def ending(name: str) -> str:
     return next((known for known in ENDINGS if name.lower().endswith(known)), "")
 
 
-def open_array(where: str | Path) -> StoredArray:
+def open_array(where: str | Path, dims: int = 3) -> StoredArray:
     """The array at `where`: a NIfTI or .npy file, a Zarr folder, "file.h5::dataset", "folder.zarr::array".
 
-    Without a name an HDF5 file must hold one dataset. Only the header is read. Raises `DataError`.
+    Without a name an HDF5 file must hold one dataset. Only the header is read. Raises `DataError`, also for an array of
+    fewer than `dims` dims.
     """
     text, _, dataset = str(where).partition("::")
     path, kind = Path(text), ending(text)
@@ -35,11 +36,11 @@ def open_array(where: str | Path) -> StoredArray:
     if kind in NIFTI:
         return NiftiArray(open_volume(path))
     if kind in NPY:
-        return open_npy(path)
+        return open_npy(path, dims)
     if kind in HDF5:
-        return open_hdf5(path, dataset or _only_dataset(path))
+        return open_hdf5(path, dataset or _only_dataset(path), dims)
     if kind in ZARR or path.is_dir():
-        return open_zarr(path / dataset if dataset else path)
+        return open_zarr(path / dataset if dataset else path, dims)
     raise DataError(f"{path}: unknown format; known endings: {', '.join(ENDINGS)}")
 
 

@@ -114,8 +114,9 @@ def _see_sources(item: Any, name: str) -> None:
             )
 
 
-def open_hdf5(path: Path, dataset: str) -> RawArray | ChunkedDataset:
-    """Open `dataset` of a file, reading no data. Raises `DataError` for what is missing, damaged, or no numbers."""
+def open_hdf5(path: Path, dataset: str, dims: int = 3) -> RawArray | ChunkedDataset:
+    """Open `dataset` of a file, reading no data. Raises `DataError` for what is missing, damaged, or no numbers in at
+    least `dims` dims."""
     name = f"{path}::{dataset}"
 
     def once() -> RawArray | ChunkedDataset:
@@ -125,7 +126,7 @@ def open_hdf5(path: Path, dataset: str) -> RawArray | ChunkedDataset:
                 known = ", ".join(datasets(path)) or "none"
                 raise DataError(f"{name}: no such dataset; the file has: {known}")
             shape, dtype = tuple(int(size) for size in item.shape or ()), item.dtype
-            see_numbers(name, dtype, shape)
+            see_numbers(name, dtype, shape, dims)
             spacing = spacing_of(item.attrs, name)
             _see_sources(item, name)
             here = Path(item.file.filename) == path  # an external link leads to another file, and its offset is there

@@ -12,8 +12,8 @@ from meshwright.data.retry import retried
 from meshwright.errors import DataError
 
 
-def open_npy(path: Path) -> RawArray:
-    """Read the header and compare it with the length of the file. Raises `DataError`."""
+def open_npy(path: Path, dims: int = 3) -> RawArray:
+    """Read the header and compare it with the length of the file. Raises `DataError`, below `dims` dims too."""
 
     def header() -> RawArray:
         with open(path, "rb") as file:
@@ -31,6 +31,6 @@ def open_npy(path: Path) -> RawArray:
         raise
     except ValueError as error:
         raise DataError(f"{path}: not a .npy file, or damaged: {error}. Write it again with numpy.save.") from None
-    see_numbers(array.name, array.dtype, array.shape)
+    see_numbers(array.name, array.dtype, array.shape, dims)
     array.see_complete()
     return array

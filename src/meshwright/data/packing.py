@@ -41,6 +41,20 @@ class Packing:
             at += size
         return found
 
+    def room(self, box: Shape) -> tuple[Tensor, dict[str, Tensor]]:
+        """A buffer for a part of edges `box`, and its fields inside: what is read into them need not be packed."""
+        packed = buffer(self.nbytes(box))
+        return packed, self.views(packed, box)
+
+    def is_packed(self, packed: Tensor, part: Mapping[str, Tensor], box: Shape) -> bool:
+        """Whether the fields of `part` are those inside of `packed`."""
+        if packed.numel() != self.nbytes(box) or part.keys() != self.fields.keys():
+            return False
+        pairs = [(part[name], view) for name, view in self.views(packed, box).items()]
+        return all(
+            a.is_contiguous() and (a.data_ptr(), a.dtype, a.shape) == (b.data_ptr(), b.dtype, b.shape) for a, b in pairs
+        )
+
     def pack(self, part: Mapping[str, Tensor], box: Shape) -> Tensor:
         """A copy of `part`, its fields as `Field.shape` has them, in one tensor [bytes] of uint8.
 
@@ -61,7 +75,7 @@ class Packing:
             return packed
         views, edges = self.views(packed, sizes(held)), sizes(box)
         if not all(edges):
-            hollow = {name: views[name].new_empty(f.shape(edges)) for name, f in self.fields.items() if "D" in f.layout}
+            hollow = {name: views[name].new_empty(f.shape(edges)) for name, f in self.fields.items() if f.is_volume}
             return self.pack(views | hollow, edges)
         return self.pack({name: views[name][within(f, box, held)] for name, f in self.fields.items()}, edges)
 

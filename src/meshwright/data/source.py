@@ -23,7 +23,7 @@ class ReadStats:
     read_bytes: int = 0  # decoded from files: whole chunks, whole streams
     ideal_read_bytes: int = 0  # of these, bytes that lie inside the part
     part_bytes: int = 0  # kept in memory
-    ideal_part_bytes: int = 0  # image as float32 and label as uint8
+    ideal_part_bytes: int = 0  # image as float32, label as uint8, other fields in their own types
     peak_bytes: int = 0  # most that reading held at one moment, the part included
     shared_bytes: int = 0  # taken from the copy that one rank of this host decoded
 
@@ -55,6 +55,11 @@ class Field:
         own, space = iter(self.sizes), dict(zip("DHW", volume, strict=True))
         return tuple(space[letter] if letter in space else next(own) for letter in self.layout)
 
+    @property
+    def is_volume(self) -> bool:
+        """Whether it is cut with the volume; a field without D, H, W belongs to the sample as a whole."""
+        return "D" in self.layout
+
 
 IMAGE = Field("CDHW", (1,), torch.float32)
 LABEL = Field("DHW", (), torch.uint8)
@@ -64,8 +69,9 @@ class Part(Mapping[str, Tensor]):
     """A rank's part of samples: named tensors [n, …], such as image [n, c, d, h, w] and label [n, d, h, w], and what it
     cost. A plain mapping otherwise."""
 
-    def __init__(self, fields: Mapping[str, Tensor], stats: ReadStats) -> None:
+    def __init__(self, fields: Mapping[str, Tensor], stats: ReadStats, packed: Tensor | None = None) -> None:
         self._fields, self.stats = dict(fields), stats
+        self.packed = packed  # the one buffer of all fields (`Packing.room`): nobody writes to it any more
 
     def __getitem__(self, name: str) -> Tensor:
         return self._fields[name]
@@ -119,14 +125,15 @@ def kept(
     ideal_read_bytes: int,
     transient_bytes: int,
     shared_bytes: int = 0,
+    packed: Tensor | None = None,
 ) -> Part:
     """A `Part` of one sample's tensors, as [1, …], its bytes counted; `transient_bytes` were needed while reading."""
     part_bytes = sum(tensor.numel() * tensor.element_size() for tensor in fields.values())
-    ideal_part_bytes = sum(tensor.numel() * _IDEAL_BYTES.get(name, 4) for name, tensor in fields.items())
+    ideal_part_bytes = sum(t.numel() * _IDEAL_BYTES.get(name, t.element_size()) for name, t in fields.items())
     stats = ReadStats(
         read_bytes, ideal_read_bytes, part_bytes, ideal_part_bytes, part_bytes + transient_bytes, shared_bytes
     )
-    return Part({name: tensor[None] for name, tensor in fields.items()}, stats)
+    return Part({name: tensor[None] for name, tensor in fields.items()}, stats, packed)
 
 
 def widened(spans: Sequence[slice], shape: Sequence[int], halo: int | Sequence[int]) -> tuple[slice, ...]:

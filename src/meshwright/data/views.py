@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.data.arrays import Array, Slab, StoredArray, checked, sizes
+from meshwright.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -113,6 +114,22 @@ class Channels:
         return raw
 
 
+def stacked(arrays: Sequence[StoredArray]) -> StoredArray:
+    """Several arrays [D, H, W] of one shape as one of channels; a single one as it is. Raises `DataError`."""
+    for array in arrays[1:]:
+        if array.shape != arrays[0].shape or len(array.shape) != 3:
+            raise DataError(
+                f"{arrays[0].name} has shape {arrays[0].shape} but {array.name} has {array.shape}; the channels of one "
+                "case need one shape (D, H, W)"
+            )
+    return arrays[0] if len(arrays) == 1 else Channels(tuple(arrays))
+
+
+def parts_of(array: StoredArray) -> tuple[StoredArray, ...]:
+    """The arrays that an array is put together from, or itself."""
+    return array.parts if isinstance(array, Channels) else (array,)
+
+
 def files_of(array: StoredArray) -> tuple[Path, ...]:
     """Every file or folder that an array is read from."""
-    return tuple(part.path for part in array.parts) if isinstance(array, Channels) else (array.path,)
+    return tuple(part.path for part in parts_of(array))

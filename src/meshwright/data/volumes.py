@@ -17,9 +17,10 @@ from meshwright.data.arrays import Array, StoredArray, box_bytes
 from meshwright.data.formats import open_array
 from meshwright.data.measure import MOST_CLASSES, Spent, count_classes, has_whole_numbers, intensity, is_class
 from meshwright.data.nifti import see_matching
+from meshwright.data.packing import Packing
 from meshwright.data.planes import NiftiArray
 from meshwright.data.source import LABEL, Field, Part, kept
-from meshwright.data.views import Channels, files_of
+from meshwright.data.views import files_of, parts_of, stacked
 from meshwright.errors import DataError
 
 
@@ -40,8 +41,8 @@ class Pair:
                 f"{self.image.name} has shape {shape} but {self.label.name} has {other} (channels, then D, H, W); "
                 "an image and its label must lie on the same grid: resample one to the other"
             )
-        parts = self.image.parts if isinstance(self.image, Channels) else (self.image,)
-        see_matching(*(array.volume for array in (*parts, self.label) if isinstance(array, NiftiArray)))
+        arrays = (*parts_of(self.image), self.label)
+        see_matching(*(array.volume for array in arrays if isinstance(array, NiftiArray)))
 
     @property
     def channels(self) -> int:
@@ -94,7 +95,8 @@ class Pairs:
         spent.read_bytes += pair.image.prepare(image_box) + pair.label.prepare(label_box)
         scales = np.array(self._intensity(index, spent), np.float32).reshape(-1, 2, 1, 1, 1)
         d, h, w = (span.stop - span.start for span in spans)
-        image = np.empty((pair.channels, d, h, w), np.float32)
+        packed, room = Packing(self.fields).room((d, h, w))
+        image, label = room["image"].numpy(), room["label"].numpy()
         target, scales = (image, scales) if len(image_box) == 4 else (image[0], scales[0])
         for where, values in spent.values(pair.image, image_box):
             centre, spread = (scales[where[0], 0], scales[where[0], 1]) if len(image_box) == 4 else scales
@@ -103,16 +105,16 @@ class Pairs:
                 raise DataError(f"{pair.image.name}: contains NaN or infinity; replace these voxels before training")
             np.subtract(values, centre, out=target[where])
             np.divide(target[where], spread, out=target[where])
-        label = np.empty((d, h, w), np.uint8)
         whole = has_whole_numbers(pair.label)
         for where, values in (spent.whole_numbers if whole else spent.values)(pair.label, label_box):
             label[where[-1:]] = self._class_numbers(pair.label, values).reshape(-1, h, w)
         return kept(
-            {"image": torch.from_numpy(image), "label": torch.from_numpy(label)},
+            room,
             read_bytes=spent.read_bytes,
             ideal_read_bytes=box_bytes(pair.image, image_box) + box_bytes(pair.label, label_box),
             transient_bytes=spent.transient_bytes,
             shared_bytes=spent.shared_bytes,
+            packed=packed,
         )
 
     def _intensity(self, index: int, spent: Spent) -> list[tuple[float, float]]:
@@ -125,7 +127,8 @@ class Pairs:
             def make(file: BinaryIO) -> None:
                 file.write(json.dumps(intensity(image, spent)).encode())
 
-            key = once.identity(files_of(image), image.name, "intensity") if once.several_ranks() else None
+            named = [part.name for part in parts_of(image)]
+            key = once.identity(files_of(image), *named, "intensity") if once.several_ranks() else None
             file = once.once(key, 0, make) if key is not None else None
             if file is None:
                 self._measured[index] = intensity(image, spent)
@@ -194,7 +197,7 @@ def make_pairs(
 
 
 def open_pairs(
-    images: str,
+    images: str | Sequence[str],
     labels: str,
     classes: Sequence[str] = (),
     intensity: tuple[float, float] | None = None,
@@ -202,27 +205,34 @@ def open_pairs(
 ) -> Pairs:
     """Pairs from two file patterns such as "scans/*_t1.nii.gz", in order of their names; headers are compared.
 
+    Several patterns of images, each for files [D, H, W], are the channels of one image, in this order.
+
     Raises `DataError` when a pattern finds nothing, when the counts differ, as `make_pairs` does, and for any file that
     is damaged or does not match its partner; with a list `bad` such a pair is left out, and the reason added to it.
     """
-    found = {
-        key: sorted(glob.glob(pattern, recursive=True)) for key, pattern in (("images", images), ("labels", labels))
-    }
-    for key, pattern in (("images", images), ("labels", labels)):
-        if not found[key]:
-            raise DataError(f"data.{key}: no file matches {pattern!r}")
-    if len(found["images"]) != len(found["labels"]):
-        raise DataError(
-            f"data.images {images!r} finds {len(found['images'])} files but data.labels {labels!r} finds "
-            f"{len(found['labels'])}; each image needs one label, and sorted by name they must correspond"
-        )
-    pairs = opened(
-        (
-            lambda image=image, label=label: [Pair(open_array(image), open_array(label))]  # type: ignore[misc]
-            for image, label in zip(found["images"], found["labels"], strict=True)
-        ),
-        bad,
-    )
+    patterns = (images,) if isinstance(images, str) else tuple(images)
+    if not patterns:
+        raise DataError("data.images is an empty list; one pattern or more are needed")
+    found = [sorted(glob.glob(pattern, recursive=True)) for pattern in (*patterns, labels)]
+    for pattern, files in zip((*patterns, labels), found, strict=True):
+        if not files:
+            raise DataError(f"data.{'labels' if files is found[-1] else 'images'}: no file matches {pattern!r}")
+    for pattern, files in zip(patterns, found, strict=False):
+        if len(files) != len(found[-1]):
+            raise DataError(
+                f"data.images {pattern!r} finds {len(files)} files but data.labels {labels!r} finds "
+                f"{len(found[-1])}; each image needs one label, and sorted by name they must correspond"
+            )
+
+    def pair(names: Sequence[str]) -> Callable[[], list[Pair]]:
+        def case() -> list[Pair]:
+            *channels, label = map(open_array, names)
+            name = "" if len(channels) == 1 else label.path.name
+            return [Pair(stacked(channels), label, name)]
+
+        return case
+
+    pairs = opened(map(pair, zip(*found, strict=True)), bad)
     if not pairs:
         raise DataError(f"data.images {images!r}: no pair can be opened; {'; '.join(bad or [])}")
     return make_pairs(pairs, classes, intensity, bad)

@@ -84,8 +84,8 @@ def arrays(path: Path) -> tuple[str, ...]:
     return tuple(sorted(child.name for child in path.iterdir() if child.is_dir() and is_array(child)))
 
 
-def open_zarr(path: Path) -> ZarrArray:
-    """Open the array in folder `path`, reading no chunk. Raises `DataError`."""
+def open_zarr(path: Path, dims: int = 3) -> ZarrArray:
+    """Open the array in folder `path`, reading no chunk. Raises `DataError`, below `dims` dims too."""
     if not path.is_dir():
         raise DataError(f"{path}: no such Zarr folder")
     if not is_array(path):
@@ -101,7 +101,7 @@ def open_zarr(path: Path) -> ZarrArray:
         )
     found = retried(lambda: _guarded(path, lambda: _open(path)), path)
     dtype, shape = np.dtype(found.dtype), tuple(int(size) for size in found.shape)
-    see_numbers(str(path), dtype, shape)
+    see_numbers(str(path), dtype, shape, dims)
     return ZarrArray(path, shape, dtype, tuple(int(size) for size in found.chunks), spacing_of(found.attrs, str(path)))
 
 

@@ -132,7 +132,9 @@ def settled(config: Config, train: VolumeSource) -> Config:
     if data.path is not None:
         data = replace(data, name="folder", path=str(Path(data.path).resolve()))
     if data.images is not None and data.labels is not None:  # a resumed run may begin in another directory
-        data = replace(data, images=os.path.abspath(data.images), labels=os.path.abspath(data.labels))
+        images = data.images
+        images = os.path.abspath(images) if isinstance(images, str) else tuple(map(os.path.abspath, images))
+        data = replace(data, images=images, labels=os.path.abspath(data.labels))
     return replace(config, data=data)
 
 
