@@ -64,7 +64,7 @@ class Train:
     lr: float | None = None  # None: the recipe's
     symmetries: bool | None = None  # None: the recipe's
     epochs: int = 3
-    batch: int = 8  # cubes of the largest size a step; of a cube half as long, eight times as many
+    batch: int = 4  # cubes of the largest size a step; of a cube half as long, eight times as many
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: weights in fp32, autocast
     checkpoint_every: int = 64  # steps
 

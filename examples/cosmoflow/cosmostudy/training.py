@@ -54,13 +54,10 @@ class Training:
 
 
 def trainings(study: Study) -> list[Training]:
-    """All of a study, seed by seed, so that a study that is cut short has every size."""
-    return [
-        Training(size, seed, batch_norm)
-        for seed in study.seeds
-        for size in study.sizes
-        for batch_norm in ((True, False) if size == study.plain else (True,))
-    ]
+    """All of a study, seed by seed, so that one that is cut short has every size; most without batch norm come last."""
+    normed = [[Training(size, seed) for size in study.sizes] for seed in study.seeds]
+    plain = [Training(study.plain, seed, False) for seed in study.seeds] if study.plain is not None else []
+    return [*normed[0], *plain[:1], *(one for each in normed[1:] for one in each), *plain[1:]]
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
