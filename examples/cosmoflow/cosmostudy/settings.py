@@ -19,7 +19,7 @@ class Data:
     """The universes: generated into `<out>/universes` unless `folder` names them. The first `train` train."""
 
     folder: str | None = None
-    train: int = 1024
+    train: int = 1280
     test: int = 128
     voxels: int = 64  # along each edge of a universe
     box_mpc: float = 256.0  # edge of a universe in Mpc/h
@@ -51,7 +51,7 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "figure": Recipe("adamw", 2e-3, "one_cycle", weight_decay=1e-2, clip_norm=1.0, symmetries=True),
+    "figure": Recipe("adamw", 1e-3, "one_cycle", weight_decay=1e-2, clip_norm=1.0, symmetries=True),
     "original": Recipe("adam", 1e-3, "linear"),
 }
 
@@ -63,7 +63,7 @@ class Train:
     recipe: Literal["figure", "original"] = "figure"
     lr: float | None = None  # None: the recipe's
     symmetries: bool | None = None  # None: the recipe's
-    epochs: int = 3
+    epochs: int = 2
     batch: int = 4  # cubes of the largest size a step; of a cube half as long, eight times as many
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: weights in fp32, autocast
     checkpoint_every: int = 64  # steps
