@@ -4,7 +4,7 @@ The order of the steps is known, so what leaves memory is what is used latest (L
 algorithms for a virtual-storage computer", IBM Systems Journal 5, 1966: no policy misses less). A part that arrives
 when memory is full and is itself the one used latest is not kept at all.
 
-    bytes kept + bytes reserved for the pipeline ≤ budget, at every moment
+    bytes kept + bytes reserved for the pipeline + pages that wait for their next use ≤ budget, at every moment
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from meshwright.data.buffers import Recycled
 from meshwright.data.spill import Spill
 
 NEVER = 1 << 62  # the next use of a sample that no known step uses
@@ -76,6 +77,7 @@ class Cache:
         self._busy: set[int] = set()  # being read or written
         self._kept_bytes = self._reserved_bytes = 0
         self._free = threading.Condition()
+        self.pages = Recycled(lambda nbytes: self._held_bytes + nbytes <= budget_bytes)
 
     @property
     def kept_bytes(self) -> int:
@@ -84,6 +86,10 @@ class Cache:
     @property
     def reserved_bytes(self) -> int:
         return self._reserved_bytes
+
+    @property
+    def _held_bytes(self) -> int:
+        return self._kept_bytes + self._reserved_bytes + self.pages.free_bytes
 
     def reserve(self, nbytes: int) -> None:
         """Keep less, so that `nbytes` more are free for the pipeline; negative: give them back."""
@@ -124,6 +130,16 @@ class Cache:
         self._make_room()
         return packed
 
+    def at_hand(self, sample: int, step: int) -> Tensor | None:
+        """The part of `sample`, for `step`, if it is in memory."""
+        with self._free:
+            kept = self._kept.get(sample)
+            if kept is None:
+                return None
+            self.stats.from_memory += 1
+            kept.next_use = self._uses.after(sample, step)
+            return kept.packed
+
     def _from_disk(self, sample: int) -> Tensor | None:
         if self._spill is None or sample not in self._spill:
             return None
@@ -139,7 +155,9 @@ class Cache:
         """Let go of what is used latest until the budget holds; what is not on disk yet is written there first."""
         while True:
             with self._free:
-                held = self._kept_bytes + self._reserved_bytes
+                if self._held_bytes > self.budget_bytes:
+                    self.pages.drop()
+                held = self._held_bytes
                 if held <= self.budget_bytes or not self._kept:
                     self.peak_bytes = max(self.peak_bytes, held)
                     return
@@ -168,5 +186,6 @@ class Cache:
         with self._free:
             self._kept.clear()
             self._kept_bytes = 0
+            self.pages.drop()
         if self._spill is not None:
             self._spill.close()

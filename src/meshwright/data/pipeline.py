@@ -13,7 +13,6 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from dataclasses import dataclass
 
 import torch
 
@@ -21,25 +20,12 @@ from meshwright.data.buffers import give_back
 from meshwright.data.cache import Cache
 from meshwright.data.delivery import Batch, Delivery, Step, on_device
 from meshwright.data.moves import Exchange
-from meshwright.data.prefetch import MOST_WORKERS, Pace, Workers, workers_for
+from meshwright.data.prefetch import MOST_WORKERS, Pace, PipelineStats, Workers, workers_for
 from meshwright.errors import ConfigError, DataError, ExchangeError
 
 EXCHANGE_AHEAD = 2  # one step travels while the one before it waits to be asked for
 TRIM_SHARE = 50  # memory that sources have freed is given back to the system whenever it is 1 / 50 of the budget
 CLOSE_S = 5.0  # for threads to end; one that a file system or a dead rank holds is left behind
-
-
-@dataclass(frozen=True)
-class PipelineStats:
-    """Seconds and bytes since the start, all of this rank."""
-
-    steps: int
-    wait_s: float  # that the caller waited for batches
-    read_s: float  # of all threads together: from source, disk or memory
-    exchange_s: float  # in the background
-    sent_bytes: int
-    received_bytes: int
-    messages: int
 
 
 class Pipeline:
@@ -59,7 +45,8 @@ class Pipeline:
         self.next_step = first
         self._delivery, self._cache, self._exchange = delivery, cache, exchange
         self._last, self._ahead, self._fixed, self._device = last, max(ahead, EXCHANGE_AHEAD), workers, device
-        self._changed = threading.Condition()
+        self._lock = threading.Lock()  # of all that threads share; each condition is for those who wait for one thing
+        self._work_there, self._may_move, self._given = (threading.Condition(self._lock) for _ in range(3))
         self._asked, self._admitted, self._admitting, self._conducted = first - 1, first, False, first
         self._planned: Step | None = None  # the next one to be admitted, where it did not fit yet
         self._tasks: deque[tuple[Step, int]] = deque()
@@ -102,11 +89,12 @@ class Pipeline:
         self._cache.reserve(-self._handed_bytes)
         self._handed_bytes = 0
         self._tune()
-        with self._changed:
+        with self._lock:
             self._asked = step
-            self._changed.notify_all()
+            self._work_there.notify()
+            self._may_move.notify()
             while step not in self._ready and step not in self._errors and self._fatal is None:
-                self._changed.wait()
+                self._given.wait()
             if step not in self._ready:
                 error = self._errors.get(step, self._fatal)
                 assert error is not None
@@ -123,6 +111,13 @@ class Pipeline:
         self._wait_s += self._given_s - begin_s
         return batch
 
+    def pass_over(self, step: int) -> None:
+        """Go on behind `step`, which was asked for last and could not be had. Raises what ended the exchange."""
+        if self._fatal is not None:
+            raise self._fatal
+        if step == self.next_step:
+            self.next_step = step + 1
+
     def _tune(self) -> None:
         """As many threads as the measured times ask for, and steps enough for them to work on."""
         if not self._pace.known:
@@ -134,9 +129,9 @@ class Pipeline:
 
     def _work(self) -> bool:
         """A worker: one part of an admitted step, or else the next step admitted."""
-        with self._changed:
+        with self._lock:
             while not (self._stopping or self._tasks or self._may_admit()):
-                self._changed.wait()
+                self._work_there.wait()
             if self._stopping:
                 return False
             task = self._tasks.popleft() if self._tasks else None
@@ -169,11 +164,16 @@ class Pipeline:
             if step is None:
                 step = self._delivery.step(number)
             under_way, budget = self._bytes_with(step), self._cache.budget_bytes
-            with self._changed:
+            with self._lock:
                 fits = under_way <= self._limit(number)
                 needed = number <= self._asked
             if fits:
                 self._cache.reserve(step.reserved_bytes)
+                for sample in tuple(step.missing):  # what is in memory needs no other thread
+                    packed = self._cache.at_hand(sample, number)
+                    if packed is not None:
+                        step.parts[sample] = packed
+                        step.missing.discard(sample)
             elif needed:
                 raise ConfigError(
                     f"budget_bytes = {budget} is too small for rank {self._delivery.rank}: step {number} alone "
@@ -181,15 +181,18 @@ class Pipeline:
                 )
         except Exception as caught:  # noqa: BLE001  handed to the thread that asks for the step
             error = caught
-        with self._changed:
+        with self._lock:
             self._admitting = False
             self._planned = None if fits else step
             if error is not None or step is None:  # the steps before it can still be had
                 self._errors[number] = error or DataError(f"step {number} has no moves")
+                self._given.notify()
             elif fits:
                 self._admitted, self._steps[number] = number + 1, step
-                self._tasks.extend((step, sample) for sample in step.moves.samples_served(self._delivery.rank))
-            self._changed.notify_all()
+                wanted = step.moves.samples_served(self._delivery.rank)
+                self._tasks.extend((step, sample) for sample in wanted if sample in step.missing)
+                self._may_move.notify()
+            self._work_there.notify(1 + len(self._tasks))
 
     def _bring(self, step: Step, sample: int) -> None:
         packed, error, begin_s = None, None, time.perf_counter()
@@ -197,13 +200,14 @@ class Pipeline:
             packed = self._cache.get(sample, step.moves.step, lambda: self._load(sample))
         except Exception as caught:  # noqa: BLE001  handed to the thread that asks for the step
             error = caught
-        with self._changed:
+        with self._lock:
             step.read_s += time.perf_counter() - begin_s
             if packed is not None:
                 step.parts[sample] = packed
             step.error = step.error or error
             step.missing.discard(sample)
-            self._changed.notify_all()
+            self._work_there.notify()  # what reading needed besides has been given back
+            self._may_move.notify()
 
     def _load(self, sample: int) -> torch.Tensor:
         nbytes = self._delivery.nbytes(sample)
@@ -220,9 +224,9 @@ class Pipeline:
     def _conduct(self) -> bool:
         """The conductor: the next step, once its parts are there and the exchange may go on to it."""
         number = self._conducted
-        with self._changed:
+        with self._lock:
             while not (self._stopping or self._is_conductable(number)):
-                self._changed.wait()
+                self._may_move.wait()
             step = None if self._stopping else self._steps[number]
         if step is None:
             self._say_goodbye()
@@ -230,9 +234,9 @@ class Pipeline:
         try:
             self._finish(number, step)
         except ExchangeError as error:
-            with self._changed:
+            with self._lock:
                 self._fatal = error
-                self._changed.notify_all()
+                self._given.notify()
             return False
         self._conducted = number + 1
         return True
@@ -258,7 +262,7 @@ class Pipeline:
         step.parts.clear()
         # a batch that failed is never handed out, so nothing gives its bytes back later
         self._cache.reserve((step.batch_bytes if result is not None else 0) - step.reserved_bytes)
-        with self._changed:
+        with self._lock:
             self._read_s += step.read_s
             self._pace.saw_read(step.read_s)
             del self._steps[number]
@@ -266,7 +270,8 @@ class Pipeline:
                 self._ready[number] = result
             else:
                 self._errors[number] = step.error or DataError(f"step {number} has no batch")
-            self._changed.notify_all()
+            self._given.notify()
+            self._work_there.notify()
 
     def _say_goodbye(self) -> None:
         """Answer what other ranks still expect of this one, up to where all may have come."""
@@ -284,14 +289,15 @@ class Pipeline:
 
     def close(self) -> bool:
         """End the threads; False if one is left behind that did not return in `CLOSE_S` seconds."""
-        with self._changed:
+        with self._lock:
             self._stopping = self._closed = True
-            self._changed.notify_all()
+            for condition in (self._work_there, self._may_move, self._given):
+                condition.notify_all()
         read, conducted = self._workers.join(CLOSE_S), self._conductor.join(CLOSE_S)
         if conducted and self._exchange is not None:
             self._exchange.hang_up()
             self._exchange = None
-        with self._changed:
+        with self._lock:
             self._ready.clear()
             self._steps.clear()
             self._tasks.clear()

@@ -24,6 +24,19 @@ def workers_for(read_s: float, step_s: float, most: int = MOST_WORKERS) -> int:
     return max(1, min(most, math.ceil(min(read_s / step_s, float(most))) + 1))
 
 
+@dataclass(frozen=True)
+class PipelineStats:
+    """Seconds and bytes since the start, all of this rank."""
+
+    steps: int
+    wait_s: float  # that the caller waited for batches
+    read_s: float  # of all threads together: from source, disk or memory
+    exchange_s: float  # in the background
+    sent_bytes: int
+    received_bytes: int
+    messages: int
+
+
 @dataclass
 class Pace:
     """Running means of the seconds a step takes to read and to compute."""

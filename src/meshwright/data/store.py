@@ -26,7 +26,8 @@ from meshwright.data.cache import Cache, CacheStats, Uses
 from meshwright.data.delivery import Batch, Delivery, Readable
 from meshwright.data.moves import Exchange
 from meshwright.data.owners import Owners, Shape
-from meshwright.data.pipeline import Pipeline, PipelineStats
+from meshwright.data.pipeline import Pipeline
+from meshwright.data.prefetch import PipelineStats
 from meshwright.data.spill import Spill
 from meshwright.data.store_views import Augment
 from meshwright.errors import ConfigError
@@ -78,7 +79,7 @@ class Store:
         uses = Uses(order, first, last, 2 * epoch + 1)
         self._cache = Cache(budget_bytes, uses, None if spill is None else Spill(spill))
         on_gpu = device is not None and device.type == "cuda"
-        delivery = Delivery(source, self.owners, self.rank, order, augment, pinned=on_gpu)
+        delivery = Delivery(source, self.owners, self.rank, order, augment, None if on_gpu else self._cache.pages)
         exchange = None
         if not self.owners.moves_nothing:
             exchange = Exchange(self.owners.circles, self.rank, exchange_timeout_s(timeout_s))
@@ -113,6 +114,11 @@ class Store:
     def batch(self, step: int) -> Batch:
         """The batch of `step`, which must be the one after the last. Raises `DataError`, `ExchangeError`."""
         return self._pipeline.take(step)
+
+    def pass_over(self, step: int) -> None:
+        """Leave out `step`, for which `batch` has just raised `DataError`, or which was had: the next one is the one
+        behind it. All ranks alike. Raises `ExchangeError`."""
+        self._pipeline.pass_over(step)
 
     def __iter__(self) -> Iterator[Batch]:
         while not self._pipeline.is_over:
