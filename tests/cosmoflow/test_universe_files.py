@@ -153,3 +153,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], fo
     with pytest.raises(SystemExit):
         generate.main(["--help"])
     assert "call after a kill" in capsys.readouterr().out
+
+
+def test_the_commands_of_the_page_are_understood() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "universes.md").read_text(encoding="utf-8")
+    commands = [line.split()[2:] for line in page.splitlines() if line.startswith("python examples/cosmoflow/generate")]
+    assert len(commands) >= 2
+    for command in commands:
+        settings = generate.settings_of(generate._parser().parse_args(command))
+        assert settings.voxels in (64, 128)
