@@ -17,6 +17,7 @@ from meshwright.data.arrays import StoredArray
 from meshwright.data.folder import by_name, dataset_names, files_in, open_named, stem
 from meshwright.data.formats import ENDINGS, HDF5, ZARR, ending, open_array
 from meshwright.data.index import missing_file, see_lengths
+from meshwright.data.retry import file_errors, listed
 from meshwright.data.views import Sample
 from meshwright.errors import DataError
 
@@ -32,6 +33,7 @@ class Found:
     arrays: Mapping[str, tuple[StoredArray, ...]]
 
 
+@file_errors()
 def find_samples(path: Path, words: Words, dims: Mapping[str, int], bad: list[str] | None) -> list[Found]:
     """The samples at `path`; `dims` is how many dims the array of each word has. Raises `DataError`; with a list `bad`
     what cannot be opened is left out instead, and the reason added to it."""
@@ -66,7 +68,7 @@ def _cases(path: Path, every: Sequence[str], dims: Mapping[str, int]) -> list[Ca
             " + ".join(f"*_{word}" for word in every): list(_endings(path, every, dims)),
             "datasets": [
                 case
-                for file in sorted(path.iterdir())
+                for file in listed(path)
                 if ending(file.name) in (*HDF5, *ZARR) and not _ends_with(file, every)
                 for case in _datasets(file, every, dims)
             ],

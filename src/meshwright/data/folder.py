@@ -10,6 +10,7 @@ from meshwright.data import hdf5, zarrs
 from meshwright.data.arrays import StoredArray
 from meshwright.data.formats import ENDINGS, HDF5, ZARR, ending, open_array
 from meshwright.data.index import missing_file, see_lengths
+from meshwright.data.retry import file_errors, listed
 from meshwright.data.views import Sample, files_of, stacked
 from meshwright.data.volumes import Pair, opened
 from meshwright.errors import DataError
@@ -19,6 +20,7 @@ Case = Callable[[], list[Pair]]  # opens the files of one case, or all samples o
 _NUMBERED = re.compile(r"(.+)_(\d{4})")  # a channel of a case in a file of its own: scan7_0001.nii.gz
 
 
+@file_errors()
 def find_pairs(
     folder: str | Path, image: str | Sequence[str] = "image", label: str = "label", bad: list[str] | None = None
 ) -> tuple[Pair, ...]:
@@ -46,7 +48,7 @@ def find_pairs(
         }
         words = " + ".join(f"*_{word}" for word in (*images, label))
         ways |= {words: list(_endings(path, images, label)), "datasets": []}
-        for file in sorted(path.iterdir()):
+        for file in listed(path):
             if ending(file.name) in (*HDF5, *ZARR) and not stem(file).endswith(_ends(images, label)):
                 ways["datasets"].append(lambda file=file: _inside(file, images, label))  # type: ignore[misc]
     reasons: list[str] = [] if bad is None else bad
@@ -89,7 +91,7 @@ def stem(path: Path) -> str:
 
 def files_in(folder: Path) -> list[Path]:
     """The data files directly inside a folder, in order of their names."""
-    return sorted(path for path in folder.iterdir() if ending(path.name) and not path.name.startswith("."))
+    return [path for path in listed(folder) if ending(path.name) and not path.name.startswith(".")]
 
 
 def open_named(path: Path, dataset: str, dims: int = 3) -> StoredArray:
@@ -221,4 +223,4 @@ def dataset_names(path: Path) -> list[str]:
 
 
 def _groups(path: Path) -> list[str]:
-    return sorted(f"{child.name}/" for child in path.iterdir() if child.is_dir() and zarrs.is_group(child))
+    return sorted(f"{child.name}/" for child in listed(path) if child.is_dir() and zarrs.is_group(child))

@@ -9,6 +9,7 @@ from meshwright.data.hdf5 import datasets, open_hdf5
 from meshwright.data.nifti import open_volume
 from meshwright.data.npy import open_npy
 from meshwright.data.planes import NiftiArray
+from meshwright.data.retry import file_errors
 from meshwright.data.zarrs import open_zarr
 from meshwright.errors import DataError
 
@@ -21,6 +22,7 @@ def ending(name: str) -> str:
     return next((known for known in ENDINGS if name.lower().endswith(known)), "")
 
 
+@file_errors()
 def open_array(where: str | Path, dims: int = 3) -> StoredArray:
     """The array at `where`: a NIfTI or .npy file, a Zarr folder, "file.h5::dataset", "folder.zarr::array".
 

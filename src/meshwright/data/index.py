@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from meshwright.data.formats import ENDINGS, ZARR, ending
-from meshwright.data.retry import retried
+from meshwright.data.retry import file_errors, listed, retried
 from meshwright.errors import DataError
 
 INDEX = "meshwright-index.json"
@@ -34,11 +34,12 @@ class Entry(NamedTuple):
     digest: str
 
 
+@file_errors()
 def data_files(folder: Path) -> list[str]:
     """The data files below a folder, as relative paths in order; inside Zarr folders every file."""
 
     def walk(path: Path, zarr: bool) -> Iterator[Path]:
-        for child in sorted(path.iterdir()):
+        for child in listed(path):
             if child.name.startswith(".") and not zarr:
                 continue
             if child.is_dir():

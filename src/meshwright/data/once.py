@@ -24,7 +24,7 @@ from typing import BinaryIO
 
 from meshwright.cluster.place import find_place
 from meshwright.cluster.process_group import when_leaving
-from meshwright.data.retry import retried
+from meshwright.data.retry import listed, retried
 from meshwright.errors import DataError
 
 MOST_BYTES = 8 << 30  # kept in the folder; the oldest results make room
@@ -50,7 +50,7 @@ def _state(path: Path, now: os.stat_result) -> object:
 
 @lru_cache(maxsize=16)  # one array of many samples is asked for with each of them
 def _inside(folder: Path, changed_ns: int) -> str:
-    found = [_state(path, retried(path.stat, path)) for path in sorted(folder.iterdir())]
+    found = [_state(path, retried(path.stat, path)) for path in listed(folder)]
     return hashlib.blake2b(repr(found).encode()).hexdigest()
 
 
@@ -140,6 +140,7 @@ def _folder() -> Path:
 @cache
 def _held(process: int, folder: Path) -> Path:
     """Enter the folder: a shared lock says that it is in use. A forked child enters for itself."""
+    _see_safe(folder.parent)
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
     facts = folder.lstat()
@@ -159,6 +160,19 @@ def _held(process: int, folder: Path) -> Path:
     when_leaving(leave)
     atexit.register(leave)
     return folder
+
+
+def _see_safe(place: Path) -> None:
+    """Raise `DataError` where other users could put a folder of theirs in the place of ours: all may write to `place`,
+    or to a folder above it, without the sticky bit that leaves renaming to the owner."""
+    real = place.resolve()
+    for folder in (real, *real.parents):
+        mode = folder.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:
+            raise DataError(
+                f"{folder}: everybody may write here, so others could replace what the ranks of this job share in "
+                f"{place}; have its owner run chmod +t {folder}, or set TMPDIR to a folder of your own"
+            )
 
 
 def _empty_if_unused(folder: Path, users: BinaryIO) -> None:

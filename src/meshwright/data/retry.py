@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -62,4 +63,21 @@ def unreadable(error: OSError, what: str | Path, more: str = "") -> DataError:
     if isinstance(error, FileNotFoundError):
         return DataError(f"{what}: no such file")
     reason = error.strerror or str(error)
-    return DataError(f"{what}: cannot be read{more}: {reason}. Check the file and its file system, or fetch it again.")
+    fix = "Check the file and its file system, or fetch it again."
+    if isinstance(error, PermissionError):
+        fix = "Let this user read it, and enter the folders above it (chmod), or run as one who may."
+    return DataError(f"{what}: cannot be read{more}: {reason}. {fix}")
+
+
+def listed(folder: Path) -> list[Path]:
+    """What lies directly in a folder, in order. Raises `DataError`."""
+    return retried(lambda: sorted(folder.iterdir()), folder)
+
+
+@contextmanager
+def file_errors() -> Iterator[None]:
+    """Also a decorator: what the file system says meanwhile becomes a `DataError` with the path that it is about."""
+    try:
+        yield
+    except OSError as error:
+        raise unreadable(error, error.filename or "a file") from error

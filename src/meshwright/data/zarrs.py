@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.data.arrays import Array, RandomAccess, checked, chunk_bytes, see_numbers, spacing_of
-from meshwright.data.retry import number, retried
+from meshwright.data.retry import listed, number, retried
 from meshwright.errors import DataError
 
 # what a codec may be called that decodes numbers and nothing else
@@ -81,7 +81,7 @@ def is_group(path: Path) -> bool:
 
 def arrays(path: Path) -> tuple[str, ...]:
     """The names of the arrays directly inside a group."""
-    return tuple(sorted(child.name for child in path.iterdir() if child.is_dir() and is_array(child)))
+    return tuple(child.name for child in listed(path) if child.is_dir() and is_array(child))
 
 
 def open_zarr(path: Path, dims: int = 3) -> ZarrArray:
