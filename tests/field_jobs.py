@@ -171,3 +171,14 @@ def moved(value: torch.Tensor, step: int) -> torch.Tensor:
 
 def mw_batch(step: int) -> Sequence[int]:
     return [step % COUNT, (3 * step + 1) % COUNT]
+
+
+def serve_fields_through_mpi(path: str, axes: dict[str, int]) -> None:
+    """Batches out of a store of which threads read through MPI-IO."""
+    plan, source = mw.Plan.uniform(**axes), open_fields(path, LAYOUTS, hdf5_driver="mpio")
+    with Store(source, plan, mw_batch, budget_bytes=1 << 30, last=COUNT, workers=3) as store:
+        for batch in store:
+            rows, _, *spans = mw.interval((2, 1, *SHAPE), plan, dist.get_rank())
+            for row, index in enumerate(mw_batch(batch.step)[rows]):
+                want = torch.from_numpy(expected(index)["image"])[(..., *spans)]
+                assert torch.equal(batch["image"][row], want)

@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch.distributed as dist
+
 from meshwright.config import Config
+from meshwright.data.counted import Counted
+from meshwright.data.source import Part
 from meshwright.data.store import Store
+from meshwright.errors import DataError
 from meshwright.train import feed, loop
 
 
@@ -33,6 +39,23 @@ def train_within(settings: Config, run: str, resume: bool = False) -> dict[str, 
         "threads": [name for name in (t.name for t in threading.enumerate()) if name.endswith(("-read", "-moves"))],
         "files": files_in(Path(run)),
     }
+
+
+def train_while_files_break(settings: Config, run: str, number: int, breaks_at: int) -> dict[str, Any]:
+    """`train_within` where rank 1 cannot read sample `number` any more from its read `breaks_at` on."""
+    read, calls = Counted.read, [0]
+
+    def breaking(self: Counted, index: int, spans: Sequence[slice]) -> Part:
+        calls[0] += index == number
+        if index == number and calls[0] >= breaks_at and dist.get_rank() == 1:
+            source = self._source
+            with patch.object(type(source), "read", side_effect=DataError("the disk is gone")):
+                return read(self, index, spans)
+        return read(self, index, spans)
+
+    with patch.object(Counted, "read", breaking):
+        found = train_within(settings, run)
+    return {**found, "reads": calls[0]}
 
 
 def files_in(run: Path) -> list[str]:

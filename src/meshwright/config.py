@@ -49,6 +49,7 @@ class DataConfig:
     labels: str | None = None
     classes: tuple[str, ...] = ()  # folder: the names of the label values 0, 1, 2 …; none: counted in the labels
     intensity: tuple[float, ...] | None = None  # folder: centre and spread; None: measured in each image
+    hdf5_driver: Literal["independent", "mpio"] = "independent"  # mpio: through MPI-IO, where h5py is built with MPI
     on_bad: Literal["stop", "skip"] = "stop"  # folder: samples whose files cannot be opened; skip leaves them out
     memory_mib: int | None = None  # for the training data, on each rank; None: it keeps all of its parts in memory
     spill: bool = True  # memory_mib: what does not fit goes to a file in the run directory; else it is read again

@@ -6,14 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import zarr
 
 from meshwright.cluster.launch import launch
-from meshwright.errors import ConfigError
-from meshwright.train import job as jobs
 from meshwright.train import rundir
 from training_jobs import bits, job, losses, train, write_pairs
-from training_store_jobs import train_within
+from training_store_jobs import train_while_files_break, train_within
 
 COUNT, STEPS = 24, 24
 PLANS = {"d2": "plan.depth=2", "n2": "plan.data=2"}
@@ -108,6 +108,71 @@ def test_a_budget_below_one_step_is_refused_by_its_name(data: list[str], tmp_pat
         launch(train_within, 1, (chosen, str(run)), threads=1)
 
 
-def test_samples_cannot_be_left_out_of_what_is_read_ahead(data: list[str]) -> None:
-    with pytest.raises(ConfigError, match=r"data\.memory_mib = 5 and data\.on_bad = skip do not go together"):
-        jobs.sources(job(data, "data.memory_mib=5", "data.on_bad=skip"))
+def stacks(folder: Path, count: int = 12) -> list[str]:
+    """Samples whose chunks end where two ranks are cut in depth; the settings of a job on them."""
+    folder.mkdir()
+    random = np.random.default_rng(1)
+    for case in range(count):
+        image = random.normal(size=(12, 8, 8)).astype(np.float32)
+        group = zarr.open_group(folder / f"{case:02d}.zarr", mode="w")
+        group.create_array("image", data=image, chunks=(6, 8, 8))
+        group.create_array("label", data=(image > 0.5).astype(np.uint8), chunks=(6, 8, 8))
+    return [
+        *(f"data.path={folder}", "data.classes=[dark, bright]", "data.intensity=[0, 1]", "data.on_bad=skip"),
+        *("model.base=4", "model.levels=2", "train.steps=18", "train.batch=2", "train.validate_every=0", "threads=1"),
+    ]
+
+
+def left_out(run: Path) -> int:
+    found: int = json.loads((run / "summary.json").read_text())["left_out"]
+    return found
+
+
+@pytest.mark.parametrize("more", [(), ("augment.roll=[depth]", "augment.noise=0.1")])
+@pytest.mark.parametrize("name", PLANS)
+def test_what_turns_out_bad_while_it_is_read_ahead_is_left_out_by_all(
+    name: str, more: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Two samples that follow each other, and one that only the second half of is damaged; three epochs of 18 steps."""
+    settings = [*stacks(tmp_path / "data"), *more]
+    for case in ("02", "03", "07"):
+        chunk = tmp_path / f"data/{case}.zarr/image/c/{1 if case == '07' else 0}/0/0"
+        chunk.write_bytes(chunk.read_bytes()[:-5])
+    train(job(settings, PLANS[name], ranks=2), tmp_path / "plain")
+    found = within(settings, name, tmp_path / "run", "data.spill=false", kib=64 if more else 32)
+    assert losses(tmp_path / "run") == losses(tmp_path / "plain")
+    assert bits(tmp_path / "run", 18) == bits(tmp_path / "plain", 18)
+    assert left_out(tmp_path / "run") == left_out(tmp_path / "plain") == 3
+    assert all(rank["steps"] > 0 for rank in found)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_what_turns_bad_between_two_reads_is_left_out_by_all(name: str, tmp_path: Path) -> None:
+    """One rank cannot read a sample again: the ranks go on alike, without it, and none of them waits for another."""
+    settings = stacks(tmp_path / "data")
+    budget = {"d2": 16, "n2": 32}[name]  # KiB: a step fits, but not the samples of a rank beside it
+    chosen = job(settings, PLANS[name], f"data.memory_mib={budget}", "data.spill=false", ranks=2)
+    for breaks_at in 1, 2:
+        run = tmp_path / f"run{breaks_at}"
+        rundir.prepare(run, resume=False)
+        zero, one = launch(train_while_files_break, 2, (chosen, str(run), 4, breaks_at), threads=1)
+        assert left_out(run) == (one["reads"] >= breaks_at)
+        assert len(losses(run)) == 18
+        assert one["reads"] >= breaks_at or name == "n2"  # under d2 each rank reads a part of each sample
+    assert (zero["threads"], zero["files"], one["threads"], one["files"]) == ([], [], [], [])
+
+
+def test_samples_of_another_size_are_left_out_of_batches_of_several(tmp_path: Path) -> None:
+    settings = stacks(tmp_path / "data")
+    group = zarr.open_group(tmp_path / "data/05.zarr", mode="w")
+    for name in ("image", "label"):
+        group.create_array(name, data=np.arange(6 * 8 * 8).reshape(6, 8, 8) % 2)
+    train(job(settings, "train.steps=7"), tmp_path / "a")
+    train(job(settings, "train.steps=7", "data.memory_mib=1"), tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert left_out(tmp_path / "a") == left_out(tmp_path / "b") == 1
+    train(job(settings, "train.steps=2", "train.batch=1"), tmp_path / "c")
+    assert left_out(tmp_path / "c") == 0
+    for more in (), ("data.memory_mib=1",):
+        with pytest.raises(Exception, match=r"05.zarr has|has shape \(12, 8, 8\) but .*05.zarr.* \(6, 8, 8\)"):
+            train(job(settings, "data.on_bad=stop", *more), tmp_path / f"stop{len(more)}")

@@ -15,19 +15,30 @@ class Counted(Wrapped):
     def __init__(self, source: VolumeSource) -> None:
         super().__init__(source)
         self._since, self._lock = ReadStats(), threading.Lock()
-        self.failed: tuple[int, DataError] | None = None  # the sample that could not be read last
+        self._failed: dict[int, DataError] = {}  # what was raised last for each sample that could not be read
         self.left_out: dict[int, str] = {}  # samples that nobody is to read any more, and why
 
     def read(self, index: int, spans: Sequence[slice]) -> Part:
-        """As the source does."""
+        """As the source does; `DataError` at once for a sample that is left out."""
         try:
+            if index in self.left_out:
+                raise DataError(self.left_out[index])
             part = self._source.read(index, spans)
         except DataError as error:
-            self.failed = index, error
+            self._failed[index] = error
             raise
         with self._lock:
             self._since += part.stats
         return part
+
+    def blamed(self, error: BaseException | None) -> int:
+        """The sample that could not be read, if `error` or what caused it says just this; else -1."""
+        while error is not None:
+            found = next((index for index, known in list(self._failed.items()) if known is error), None)
+            if found is not None:
+                return found
+            error = error.__cause__
+        return -1
 
     def take(self) -> ReadStats:
         """The cost of all reads since the last call."""

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ import torch
 from meshwright.data.arrays import Array, StoredArray, box_bytes
 from meshwright.data.field_files import Found, find_samples
 from meshwright.data.grid import see_one_grid
+from meshwright.data.hdf5_mpi import through_mpi
 from meshwright.data.source import Field, Part, kept
 from meshwright.errors import DataError
 
@@ -145,12 +147,15 @@ def open_fields(
     layouts: Mapping[str, str | Stored],
     classes: Sequence[str] = (),
     bad: list[str] | None = None,
+    hdf5_driver: Literal["independent", "mpio"] = "independent",
 ) -> FieldSource:
     """The samples in a folder, an HDF5 file or a Zarr group, in order of their names; only headers are read.
 
     `layouts` says for each field how it lies in the files: its layout, or a `Stored`. There is a volume "image" among
     them (layout "DHW" is one channel). By default "label" becomes uint8 and every other field float32. Where samples
     lie: `field_files`. An array with one dim more than its layout is a stack of samples along the first.
+
+    `hdf5_driver` "mpio": HDF5 is read through MPI-IO, where h5py is built with MPI.
 
     Raises `DataError` for files that are missing, damaged or do not fit together, by name; with a list `bad` such
     samples are left out, and the reasons added to it. Raises `ValueError` for layouts that make no sense.
@@ -170,6 +175,11 @@ def open_fields(
     samples = tuple(_that_fit(find_samples(Path(path), words, dims, bad), stored, fields, bad))
     if not samples:
         raise DataError(f"{path}: no sample can be used; {'; '.join(bad or [])}")
+    if hdf5_driver == "mpio":
+        samples = tuple(
+            Found(sample.name, {name: tuple(map(through_mpi, own)) for name, own in sample.arrays.items()})
+            for sample in samples
+        )
     return FieldSource(samples, stored, fields, tuple(classes))
 
 

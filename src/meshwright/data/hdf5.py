@@ -7,7 +7,7 @@ with its file system.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.data.arrays import Array, RandomAccess, checked, chunk_bytes, see_numbers, spacing_of
+from meshwright.data.hdf5_chunks import located
 from meshwright.data.raw import RawArray
 from meshwright.data.retry import TRANSIENT, number, retried
 from meshwright.errors import DataError
@@ -41,11 +42,19 @@ class ChunkedDataset(RandomAccess):
         box = checked(self, spans)
 
         def once() -> Array:
-            with opened(self.path) as file, damage_named(self.name):
+            with self._file() as file, damage_named(self.name):
+                chunks = located(file[self.dataset], box)
+            values = None if chunks is None else chunks.read(box)
+            if values is not None:
+                return values
+            with self._file() as file, damage_named(self.name):
                 return np.asarray(file[self.dataset][box])
 
         values = retried(once, self.name)
         return values, values.nbytes if self.chunks is None else chunk_bytes(self, box)
+
+    def _file(self) -> AbstractContextManager[Any]:
+        return opened(self.path)
 
 
 def h5py() -> ModuleType:
@@ -58,11 +67,12 @@ def h5py() -> ModuleType:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[Any]:
-    """The file, for reading. Raises `DataError` if it is none or truncated, `OSError` for what may pass."""
+def opened(path: Path, **how: Any) -> Iterator[Any]:
+    """The file, for reading; `how` may name a driver. Raises `DataError` if it is none or truncated, `OSError` for what
+    may pass."""
     module = h5py()
     try:
-        file = module.File(path, "r", locking="best-effort")
+        file = module.File(path, "r", locking="best-effort", **how)
     except OSError as error:
         if isinstance(error, FileNotFoundError) or number(error) is not None:
             raise

@@ -238,6 +238,20 @@ def open_pairs(
     return make_pairs(pairs, classes, intensity, bad)
 
 
+def of_one_size(source: Pairs, bad: list[str]) -> Pairs:
+    """The pairs of the size that most of them have (among equals the one that comes first), for batches of several; why
+    the others are left out is added to `bad`."""
+    shapes = [pair.shape for pair in source.pairs]
+    usual = max(dict.fromkeys(shapes), key=shapes.count)
+    for pair in source.pairs:
+        if pair.shape != usual:
+            bad.append(
+                f"{pair.image.name} has shape {pair.shape}, most samples have {usual} (D, H, W); samples of one batch "
+                "need one size"
+            )
+    return replace(source, pairs=tuple(pair for pair in source.pairs if pair.shape == usual))
+
+
 def hold_out(source: Pairs, fraction: float = 0.2) -> tuple[Pairs, Pairs]:
     """(train, validate): the last `fraction` of the pairs, at least one, is held out.
 

@@ -1,7 +1,7 @@
 """Where the batches of a run come from: parts that each rank keeps all of, or the store within `data.memory_mib`.
 
 Both give the same bits. The store reads ahead in threads, and what does not fit goes to a nameless file in the run
-directory (`data.spill`) or is read again.
+directory (`data.spill`) or is read again. A step with a sample that is left out (`skipping`) is read without it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from meshwright.data.delivery import Batch as Parts
 from meshwright.data.owners import Shape, place, sizes
 from meshwright.data.source import IMAGE_BYTES, LABEL_BYTES, ReadStats
 from meshwright.data.store import Store
 from meshwright.data.transforms import Transform
 from meshwright.errors import ConfigError
 from meshwright.train.job import Batch, Job, augmented, batch_size, placed, recipe, training_batch
+from meshwright.train.skipping import agreed
 
 MIB = 1 << 20
 
@@ -62,15 +64,29 @@ class Feed:
 
     def batch(self, step: int) -> Batch:
         """The augmented batch of `step` (from 1)."""
-        if self._store is None:
+        store = self._store
+        if store is None:
             return training_batch(self._job, step)
-        try:
-            part = self._store.batch(step)
-        except ConfigError as error:
-            raise ConfigError(f"data.memory_mib = {self._job.config.data.memory_mib}: {error}") from None
+        if self._job.config.data.on_bad == "stop":
+            part = self._taken(store, step)
+        else:
+            reads = self._job.reads
+            assert reads is not None
+            known = not reads.left_out.keys().isdisjoint(self._order(step))
+            found = agreed(reads, lambda: self._taken(store, step), together=self._job.split)
+            if found is None or known:
+                store.pass_over(step)
+                return training_batch(self._job, step, reads)
+            part = found
         count, *volume = part.shape
         shape = (count, self._job.train.fields["image"].sizes[0], *volume)
         return augmented(self._job, step, placed(self._job, part["image"], part["label"], shape))
+
+    def _taken(self, store: Store, step: int) -> Parts:
+        try:
+            return store.batch(step)
+        except ConfigError as error:
+            raise ConfigError(f"data.memory_mib = {self._job.config.data.memory_mib}: {error}") from None
 
     @property
     def waiting(self) -> Waiting:

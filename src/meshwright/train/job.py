@@ -20,11 +20,12 @@ from meshwright.data import augment
 from meshwright.data.augmented import Augmented
 from meshwright.data.counted import Counted
 from meshwright.data.folder import find_pairs
+from meshwright.data.hdf5_mpi import through_mpi
 from meshwright.data.mni import open_mni
 from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
 from meshwright.data.source import Kept, ReadStats, VolumeSource, batch_shape, read_batch
-from meshwright.data.volumes import hold_out, make_pairs, open_pairs
+from meshwright.data.volumes import Pairs, hold_out, make_pairs, of_one_size, open_pairs
 from meshwright.errors import ConfigError, PlanError
 from meshwright.models.small_unet import SmallUNet
 from meshwright.models.unet3d import UNet3D
@@ -94,11 +95,6 @@ def sources(config: Config, bad: list[str] | None = None) -> tuple[VolumeSource,
     Raises `DataError`, `ConfigError`.
     """
     data = config.data
-    if data.memory_mib is not None and data.on_bad == "skip":
-        raise ConfigError(
-            f"data.memory_mib = {data.memory_mib} and data.on_bad = skip do not go together: what is read ahead cannot "
-            "be left out; stop at bad samples, or let each rank keep its parts (data.memory_mib = null)"
-        )
     left_out = None if data.on_bad == "stop" else [] if bad is None else bad
     if data.path is None and data.name == "mni152":
         return open_mni(data.fold, data.resolution_mm, data.hemisphere, data.crop)
@@ -119,6 +115,9 @@ def sources(config: Config, bad: list[str] | None = None) -> tuple[VolumeSource,
         )
     else:
         pairs = open_pairs(data.images, data.labels, data.classes, intensity, left_out)
+    if data.hdf5_driver == "mpio":
+        own = (replace(pair, image=through_mpi(pair.image), label=through_mpi(pair.label)) for pair in pairs.pairs)
+        pairs = replace(pairs, pairs=tuple(own))
     return hold_out(pairs, data.held_out)
 
 
@@ -181,6 +180,9 @@ def build(
     batch_size(config, plan)
     bad: list[str] = []
     train, validation = sources(config, bad)
+    several = batch_size(config, plan) > 1 and config.augment.patch is None  # samples, uncut, in one batch
+    if config.data.on_bad == "skip" and several and isinstance(train, Pairs):
+        train = of_one_size(train, bad)
     if split:  # ranks that see other files would put samples together of parts that do not belong together
         seen = [f"{s.names[i]} {s.shape(i)}" for s in (train, validation) for i in range(len(s.names))]
         agree.assert_same_on_all_ranks({"samples": "\n".join(seen)}, "what can be opened of the data")
@@ -207,26 +209,29 @@ def build(
     return job, checkpoint
 
 
-def training_batch(job: Job, step: int) -> Batch:
-    """The augmented batch of `step` (from 1): a function of seed, step and samples seen, whatever the plan."""
+def training_batch(job: Job, step: int, source: VolumeSource | None = None) -> Batch:
+    """The augmented batch of `step` (from 1): a function of seed, step and samples seen, whatever the plan.
+
+    It is read from `source` (None: `job.train`, which keeps what it has read). Collective with `data.on_bad` = skip.
+    """
+    source = job.train if source is None else source
     if job.reads is None or job.config.data.on_bad == "stop":
-        return _training_batch(job, step)
-    while (batch := agreed(job.reads, lambda: _training_batch(job, step), together=job.split)) is None:
+        return _training_batch(job, step, source)
+    while (batch := agreed(job.reads, lambda: _training_batch(job, step, source), together=job.split)) is None:
         pass
     return batch
 
 
-def _training_batch(job: Job, step: int) -> Batch:
+def _training_batch(job: Job, step: int, source: VolumeSource) -> Batch:
     config, at = job.config, job.at(step)
     indices: Sequence[int] = at.batch(batch_size(config, job.plan))
     if job.reads is not None:
         indices = replaced(indices, job.reads)
-    source: VolumeSource = job.train
     drawn = recipe(config)
     if not drawn.is_nothing:
         shapes = enumerate(map(job.train.shape, indices), at.seen)
         transforms = [drawn.draw(config.seed, position, shape) for position, shape in shapes]
-        source, indices = Augmented(job.train, indices, transforms, job.reads), range(len(indices))
+        source, indices = Augmented(source, indices, transforms, job.reads), range(len(indices))
     return augmented(job, step, load(job, source, indices))
 
 

@@ -2,7 +2,8 @@
 
 After each reading the ranks agree (8 bytes) on whether somebody failed, and on which sample. In training the next one
 takes its place; in validation it does not count. The place of a sample in the order stays, so a resumed run, which
-finds the damage again, goes on the same way.
+finds the damage again, goes on the same way. A store reads ahead in the order that it knows, so of a step with such a
+sample nothing that it has is used: the ranks read that batch themselves, of the samples that are left.
 """
 
 from __future__ import annotations
@@ -22,18 +23,18 @@ def agreed(reads: Counted, load: Callable[[], T], *, together: bool) -> T | None
 
     Collective if `together`. Raises `DataError` for what is not the fault of a sample, and when none is left.
     """
-    failed, result = -1, None
+    failed, result, wrong = -1, None, None
     try:
         result = load()
     except DataError as error:
-        if reads.failed is None or reads.failed[1] is not error:
-            raise
-        failed = reads.failed[0]
+        failed, wrong = reads.blamed(error), error
     worst = agree.largest(failed) if together else failed
     if worst < 0:
+        if wrong is not None:
+            raise wrong
         return result
-    known = reads.failed[1] if reads.failed is not None and failed == worst else "another rank could not read it"
-    reads.left_out[worst] = f"{reads.names[worst]}: {known}"
+    known = wrong if failed == worst else "another rank could not read it"
+    reads.left_out.setdefault(worst, f"{reads.names[worst]}: {known}")
     if len(reads.left_out) == len(reads.names):
         raise DataError(f"none of the {len(reads.names)} samples can be read; the last one: {reads.left_out[worst]}")
     return None
