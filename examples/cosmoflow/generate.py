@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fcntl
 import multiprocessing
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -31,6 +32,7 @@ import meshwright as mw
 from displacement import potential, second_source
 from fields import gaussian_modes
 from files import Writer
+from meshwright.cluster.place import find_place
 from meshwright.data import chance
 from meshwright.errors import DataError, MeshwrightError
 from particles import counts, delivered, layers, positions
@@ -213,11 +215,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         settings = settings_of(args)
         if args.workers < 1:
             raise DataError(f"--workers {args.workers}: at least 1")
-        generate(settings, args.out, args.workers, ranks=args.ranks)
-    except MeshwrightError as error:
+        place = find_place(os.environ)
+        generate(settings, args.out, args.workers, ranks=args.ranks if place.launcher == "local" else place.ranks)
+    except (MeshwrightError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{args.out}: {settings.count} universes of {settings.voxels}³ voxels")
+    if place.rank == 0:
+        print(f"{args.out}: {settings.count} universes of {settings.voxels}³ voxels")
     return 0
 
 

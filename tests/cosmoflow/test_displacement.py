@@ -79,5 +79,12 @@ def test_second_order_of_oblique_waves() -> None:
     assert np.abs(source - 0.36 * (1 - angle) * first * other).max() < 1e-14
 
 
-def test_the_highest_wave_number_moves_nothing() -> None:
-    assert np.abs(moved(np.cos(SIZE // 2 * X) * np.ones((1, SIZE, SIZE)), 0.0, 1)).max() < 1e-15
+@pytest.mark.parametrize("axis", AXES)
+def test_the_highest_wave_number_moves_nothing_along_itself(axis: int) -> None:
+    """Its samples are +1, -1, …: which way its slope goes is not known. Along the other dims it is a wave like any."""
+    places = (X, Y, Z)
+    sign, wave = np.cos(SIZE // 2 * places[axis]), places[(axis + 1) % 3]
+    found = moved(sign * np.cos(2 * wave), 0.0, 1)
+    assert np.abs(found[axis]).max() < 1e-15
+    wanted = -2 / ((SIZE // 2) ** 2 + 4) * sign * np.sin(2 * wave)
+    assert np.abs(found[(axis + 1) % 3] - wanted).max() < 1e-15

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import cosmoflow_jobs
@@ -14,8 +17,9 @@ from meshwright.data.formats import open_array
 from slabs import Slabs
 from universes import Settings
 
-# sizes that do not divide, more ranks than layers of chunks, one voxel more than a chunk
+# sizes that do not divide, more ranks than layers of chunks, a rank without planes
 CASES = [
+    Settings(voxels=6, box_mpc=30, assignment="cic"),
     Settings(voxels=36, box_mpc=150, lpt=2, assignment="cic", redshifts=(0.0, 1.5)),
     Settings(voxels=34, box_mpc=100, format="zarr"),
     Settings(voxels=18, box_mpc=60, particles=3, assignment="cic", format="zarr"),
@@ -71,3 +75,21 @@ def test_a_rank_of_four_holds_a_quarter(tmp_path: Path) -> None:
     print(f"{whole} bytes on one rank, {parts} on four")
     assert whole > 32 * settings.grid**3  # what is measured is the arrays
     assert max(parts) < 1.1 * whole / 4
+
+
+def test_torchrun_splits_over_its_ranks(tmp_path: Path) -> None:
+    """The command line under torchrun: no `--ranks` is needed, and one line says that it is done."""
+    settings = Settings(count=2, voxels=12, box_mpc=50)
+    script = Path(generate.__file__)
+    size = ["--count", "2", "--voxels", "12", "--box", "50"]
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "WORLD", "LOCAL_"))}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(script)]
+    done = subprocess.run(
+        [*command, "--out", str(tmp_path / "split"), *size], capture_output=True, text=True, env=kept, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("2 universes of 12³ voxels") == 1
+    generate.generate(settings, tmp_path / "alone")
+    for folder in ("split", "alone"):
+        assert len(list((tmp_path / folder).glob("universe_*.h5"))) == 2
+    assert np.array_equal(image(settings, tmp_path / "split"), image(settings, tmp_path / "alone"))
