@@ -44,11 +44,8 @@ class ChunkedDataset(RandomAccess):
         def once() -> Array:
             with self._file() as file, damage_named(self.name):
                 chunks = located(file[self.dataset], box)
-            values = None if chunks is None else chunks.read(box)
-            if values is not None:
-                return values
-            with self._file() as file, damage_named(self.name):
-                return np.asarray(file[self.dataset][box])
+                values = None if chunks is None else chunks.read(box)
+                return np.asarray(file[self.dataset][box]) if values is None else values
 
         values = retried(once, self.name)
         return values, values.nbytes if self.chunks is None else chunk_bytes(self, box)
