@@ -38,7 +38,9 @@ def test_from_universes_to_the_report(tmp_path: Path) -> None:
     assert "laws do not hold; nothing above is hidden" in first.stderr
     assert "needs about" in first.stdout
     found = json.loads((out / "errors.json").read_text(encoding="utf-8"))
-    assert [row["size"] for row in found["rows"]] == [16, 16, 32]
+    assert [row["cubes"] for row in found["rows"]] == [
+        "16³, no batch norm", "16³", "32³", "16³, linear fit", "32³, linear fit"
+    ]  # fmt: skip
     assert [law["holds"] for law in found["laws"]].count(False) >= 1
     for name in ("errors.png", "scatter.png"):
         assert (out / name).read_bytes().startswith(b"\x89PNG")

@@ -23,8 +23,13 @@ def test_what_is_printed_can_be_read_again() -> None:
 def test_every_size_sees_as_many_voxels() -> None:
     study = Study()
     for size in study.sizes:
-        assert study.batch(size) * size**3 == study.train.batch * 64**3
-        assert study.steps(size) == study.train.epochs * study.data.train // study.train.batch
+        seen = study.steps(size) * study.batch(size) * size**3
+        assert seen == study.train.epochs * study.data.train * study.data.voxels**3
+    assert [study.batch(size) for size in study.sizes] == [
+        16 * study.train.batch,
+        4 * study.train.batch,
+        study.train.batch,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +56,7 @@ def test_a_study_scales_by_settings_alone() -> None:
                   f"split.largest={plans.FOLDER}/2048.yaml", f"split.others={plans.FOLDER}/512.yaml"]
     )  # fmt: skip
     assert (study.plan(512).ranks, study.plan(256).ranks) == (2048, 512)
-    assert [study.batch(size) for size in study.sizes] == [4096, 512, 64]
+    assert [study.batch(size) for size in study.sizes] == [1024, 256, 64]
 
 
 def test_the_small_study_has_every_part() -> None:

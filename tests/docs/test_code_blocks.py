@@ -32,6 +32,7 @@ RUN_ELSEWHERE = {
     "./scripts/setup": "the first step of ./scripts/test",
     ".ci/run": "calls ./scripts/test",
     "python benchmarks/": "minutes; run by hand for the figures of the README",
+    "examples/cosmoflow/run": "the study: minutes to an hour; tests/cosmoflow_study run it at small size",
     "python examples/": "seconds to minutes; the tests of the example read its arguments and run it at small size",
 }
 LIMIT_S = 240

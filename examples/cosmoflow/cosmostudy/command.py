@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmostudy import report, scaling, scaling_figure, settings, study
+from cosmostudy import baseline, report, scaling, scaling_figure, settings, study
 from cosmostudy.laws import laws
 from meshwright.cluster.cluster import Cluster
 from meshwright.errors import MeshwrightError, RankError
@@ -94,7 +94,8 @@ def _report(wanted: settings.Study, out: Path) -> int:
         print(f"error: no training in {out} is finished", file=sys.stderr)
         return 1
     said = laws(study.errors(found))
-    print(report.write(wanted, out, found, said))
+    linear = baseline.fit(wanted, study.universes_of(wanted, out), out)
+    print(report.write(report.Results(wanted, found, linear, said), out))
     broken = [law for law in said if not law.holds]
     if broken:
         print(f"{len(broken)} of {len(said)} laws do not hold; nothing above is hidden", file=sys.stderr)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 import universes
+from meshwright.data.arrays import StoredArray
 from meshwright.data.formats import open_array
 from meshwright.data.source import Field, Part, ReadStats, kept
 from meshwright.errors import DataError
@@ -53,6 +54,7 @@ class Cubes:
         self.targets = torch.from_numpy((2 * (physical - low) / spread - 1).astype(np.float32))  # [universes, 4]
         self._edge = max(BLOCK, self._settings.chunk)
         self._blocks: dict[Where, Array] = {}
+        self._arrays: dict[int, StoredArray] = {}  # headers are read once
         self._lock = threading.Lock()
         self.stats = ReadStats()
 
@@ -124,7 +126,9 @@ class Cubes:
         with self._lock:
             if where not in self._blocks:
                 universe, at = where
-                array = open_array(self._settings.image(self._folder, self._first + universe))
+                if universe not in self._arrays:
+                    self._arrays[universe] = open_array(self._settings.image(self._folder, self._first + universe))
+                array = self._arrays[universe]
                 channels, *volume = array.shape
                 ends = [
                     slice(number * self._edge, min((number + 1) * self._edge, edge))

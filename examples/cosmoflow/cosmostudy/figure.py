@@ -14,7 +14,10 @@ from meshwright.errors import ConfigError
 
 NAMES = (r"$\Omega_m$", r"$\sigma_8$", r"$n_s$", r"$H_0$")
 COLOURS = ("#3f74a8", "#d9822b", "#4f9d69", "#7d5fb0")
-INK, SOFT, GRID = "#1a2027", "#5a6570", "#e4e7ea"
+INK, SOFT, GRID, BAD = "#1a2027", "#5a6570", "#e4e7ea", "#b3261e"
+PAPER = {128: 0.0441, 256: 0.0169, 512: 0.00727}  # Oyama et al.: mean squared error of one cube, without batch norm
+PAPER_NORMED = {512: 0.00445}  # with
+VARIANCE = 1 / 3  # of a target, uniform in −1 … 1: the error of whoever always says 0
 DPI = 110
 
 
@@ -48,60 +51,47 @@ def pyplot() -> Any:
 
 
 def errors(
-    path: Path,
-    by_key: Mapping[Key, Errors],
-    said: Sequence[Law],
-    paper: Mapping[int, float],
-    paper_normed: Mapping[int, float],
-    variance: float,
-    note: str,
+    path: Path, by_key: Mapping[Key, Errors], linear: Mapping[int, Errors], said: Sequence[Law], note: str
 ) -> None:
     """Error against the edge of a cube: each parameter, then their mean beside the paper's, then the laws in words."""
     plot = pyplot()
-    sizes = sorted(size for size, batch_norm in by_key if batch_norm) or sorted({size for size, _ in by_key})
-    drawing, axes = plot.subplots(1, 3, figsize=(11.5, 3.9), width_ratios=(1, 1, 1.25))
+    sizes = sorted(size for size, batch_norm in by_key if batch_norm)
+    drawing, axes = plot.subplots(1, 3, figsize=(11.5, 4.1), width_ratios=(1, 1, 1.25))
     for axis, what, title in zip(axes, ("cube", "universe"), ("one cube", "mean of a universe's cubes"), strict=False):
         for at, (name, colour) in enumerate(zip(NAMES, COLOURS, strict=True)):
-            _line(axis, sizes, [with_bar(getattr(by_key[size, True], what)[..., at]) for size in sizes
-                                if (size, True) in by_key], colour, name)  # fmt: skip
-        axis.axhline(variance, color=SOFT, lw=0.8, ls=":")
+            _line(axis, sizes, [with_bar(getattr(by_key[size, True], what)[..., at]) for size in sizes], colour, name)
+            fit = [getattr(linear[size], what)[..., at].mean() for size in sorted(linear)]
+            axis.plot(sorted(linear), fit, ":", color=colour, lw=1.2)
+        axis.axhline(VARIANCE, color=SOFT, lw=0.8)
         axis.set(title=f"error of {title}", xlabel="edge of a cube, voxels", ylabel="mean squared error")
-        _logarithmic(axis, sizes)
-        axis.legend(frameon=False, fontsize=8)
-    _beside_the_paper(axes[2], by_key, sizes, paper, paper_normed, variance)
+        _logarithmic(axis, [*sizes, *linear])
+        axis.legend(frameon=False, fontsize=8, loc="lower left")
+    _beside_the_paper(axes[2], by_key, linear, sizes)
     broken = [law for law in said if not law.holds]
-    words = (
-        "all laws hold" if not broken else "BROKEN: " + "; ".join(f"{law.text} ({law.difference})" for law in broken)
-    )
+    words = f"All {len(said)} laws hold." if said and not broken else "No laws: fewer than two sizes."
+    if broken:
+        words = "BROKEN: " + "; ".join(f"{law.text} ({law.difference})" for law in broken)
     drawing.suptitle(note, fontsize=8.5, color=SOFT, y=1.0)
-    drawing.text(0.01, -0.03, words, fontsize=9, color=INK if not broken else "#b3261e", wrap=True)
+    drawing.text(0.01, -0.03, words, fontsize=9, color=BAD if broken else INK, wrap=True)
     drawing.tight_layout()
     drawing.savefig(path)
     plot.close(drawing)
 
 
 def _beside_the_paper(
-    axis: Any,
-    by_key: Mapping[Key, Errors],
-    sizes: Sequence[int],
-    paper: Mapping[int, float],
-    paper_normed: Mapping[int, float],
-    variance: float,
+    axis: Any, by_key: Mapping[Key, Errors], linear: Mapping[int, Errors], sizes: Sequence[int]
 ) -> None:
-    normed = [with_bar(by_key[size, True].cube.mean(-1)) for size in sizes if (size, True) in by_key]
-    _line(axis, sizes, normed, INK, "here, mean of four")
-    plain = [size for size, batch_norm in by_key if not batch_norm]
-    for size in plain:
+    _line(axis, sizes, [with_bar(by_key[size, True].cube.mean(-1)) for size in sizes], INK, "here, mean of four")
+    for size in (size for size, batch_norm in by_key if not batch_norm):
         value = with_bar(by_key[size, False].cube.mean(-1))
-        axis.errorbar(
-            [size], [value.mean], [value.bar], fmt="x", color="#b3261e", capsize=3, label="here, no batch norm"
-        )
-    axis.plot(list(paper), list(paper.values()), "s--", color=SOFT, mfc="white", label="paper (N-body), no batch norm")
-    axis.plot(list(paper_normed), list(paper_normed.values()), "*", color=SOFT, ms=10, label="paper, batch norm")
-    axis.axhline(variance, color=SOFT, lw=0.8, ls=":")
-    axis.text(max(paper), variance * 1.04, "always the mean", ha="right", fontsize=7.5, color=SOFT)
-    axis.set(title="beside the paper's", xlabel="edge of a cube, voxels")
-    _logarithmic(axis, [*sizes, *paper])
+        axis.errorbar([size], [value.mean], [value.bar], fmt="x", color=BAD, capsize=3, label="here, no batch norm")
+    axis.plot(sorted(linear), [linear[size].cube.mean() for size in sorted(linear)], ":", color=INK, label="linear fit")
+    axis.plot(list(PAPER), list(PAPER.values()), "s--", color=SOFT, mfc="white", label="paper (N-body), no batch norm")
+    axis.plot(list(PAPER_NORMED), list(PAPER_NORMED.values()), "*", color=SOFT, ms=10, label="paper, batch norm")
+    axis.axhline(VARIANCE, color=SOFT, lw=0.8)
+    axis.text(max(PAPER), VARIANCE * 1.04, "always the mean", ha="right", fontsize=7.5, color=SOFT)
+    axis.set(title="one cube, beside the paper's", xlabel="edge of a cube, voxels")
+    _logarithmic(axis, [*sizes, *PAPER])
     axis.legend(frameon=False, fontsize=8, loc="lower left")
 
 

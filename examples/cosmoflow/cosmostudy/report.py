@@ -3,91 +3,107 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import numpy as np
-
 from cosmostudy import figure
-from cosmostudy.laws import PARAMETERS, Errors, Key, Law, with_bar
+from cosmostudy.laws import PARAMETERS, Errors, Key, Law, Value, with_bar
 from cosmostudy.settings import Study
 from cosmostudy.study import Finished, errors
 from cosmostudy.training import trainings
 from meshwright.report.units import bytes_text
 from meshwright.train import rundir
 
-PAPER = {128: 0.0441, 256: 0.0169, 512: 0.00727}  # Oyama et al.: mean squared error, without batch norm
-PAPER_NORMED = {512: 0.00445}  # with
-VARIANCE = 1 / 3  # of a target, uniform in −1 … 1: the error of whoever always says 0
+
+def label(key: Key) -> str:
+    """A size, with batch norm or without, as the table calls it."""
+    return f"{key[0]}³" + ("" if key[1] else ", no batch norm")
 
 
-def write(study: Study, out: Path, found: Sequence[Finished], said: Sequence[Law]) -> str:
+@dataclass(frozen=True)
+class Results:
+    """All that is said about a study: its trainings, the errors of a linear fit by size, and the laws."""
+
+    study: Study
+    found: Sequence[Finished]
+    linear: Mapping[int, Errors]
+    said: Sequence[Law]
+
+    @property
+    def errors(self) -> dict[Key, Errors]:
+        return errors(list(self.found))
+
+    @property
+    def rows(self) -> list[tuple[str, Errors]]:
+        """A row of the table for each size, with batch norm, without, and of the linear fit."""
+        named = [
+            (f"{size}³" + ("" if bn else ", no batch norm"), one) for (size, bn), one in sorted(self.errors.items())
+        ]
+        return [*named, *((f"{size}³, linear fit", one) for size, one in sorted(self.linear.items()))]
+
+    @property
+    def about(self) -> str:
+        """The study in a line."""
+        data, train, seeds = self.study.data, self.study.train, self.study.seeds
+        return (
+            f"{data.train} universes to train, {data.test} held out, {data.voxels}³ voxels of "
+            f"{data.box_mpc / data.voxels:g} Mpc/h; recipe {train.recipe}, {train.epochs} epochs, width "
+            f"{self.study.network.width}, seed{'s' * (len(seeds) > 1)} {', '.join(map(str, seeds))}; "
+            f"{len(self.found)} of {len(trainings(self.study))} trainings"
+        )
+
+
+def write(results: Results, out: Path) -> str:
     """Write all of it into `out`; returns the text for the console."""
-    by_key = errors(list(found))
-    text = page(study, out, found, by_key, said)
+    text = page(results, out)
     rundir.write_text(out / "report.md", text)
-    rundir.write_json(out / "errors.json", numbers(by_key, said))
-    figure.errors(out / "errors.png", by_key, said, PAPER, PAPER_NORMED, VARIANCE, figure_note(study, len(found)))
-    figure.scatter(out / "scatter.png", found)
+    rundir.write_json(out / "errors.json", numbers(results))
+    figure.errors(out / "errors.png", results.errors, results.linear, results.said, results.about)
+    figure.scatter(out / "scatter.png", results.found)
     return text + f"\n{out}/report.md, errors.png, scatter.png, errors.json\n"
 
 
-def page(study: Study, out: Path, found: Sequence[Finished], by_key: dict[Key, Errors], said: Sequence[Law]) -> str:
+def page(results: Results, out: Path) -> str:
     """The report as Markdown."""
-    missing = [str(one) for one in trainings(study) if one not in [done.training for done in found]]
-    lines = [f"{figure_note(study, len(found))}.", ""]
+    done = [one.training for one in results.found]
+    missing = [str(one) for one in trainings(results.study) if one not in done]
+    lines = [f"{results.about}.", ""]
     if missing:
         lines += [f"**Not finished: {', '.join(missing)}.**", ""]
-    lines += [
-        "Mean squared error of a single cube (targets −1 … 1, variance 0.333), ± 95 %:",
-        "",
-        *_errors(by_key, "cube"),
-    ]
-    lines += ["", "Of the mean over a universe's cubes:", "", *_errors(by_key, "universe")]
-    lines += ["", "What a training cost, mean over its seeds; bytes of one rank:", "", *_costs(found)]
-    lines += ["", "Laws:", "", *(f"- {law}" for law in said), "", _machine(out)]
+    lines += ["Mean squared error of one cube (targets −1 … 1, variance 0.333), ± 95 %:", "", *_errors(results, "cube")]
+    lines += ["", "Of the mean over a universe's cubes:", "", *_errors(results, "universe")]
+    lines += ["", "What a training cost, mean over its seeds; bytes of one rank:", "", *_costs(results.found)]
+    lines += ["", "Laws:", "", *(f"- {law}" for law in results.said), "", _machine(out)]
     return "\n".join(lines) + "\n"
 
 
-def figure_note(study: Study, done: int) -> str:
-    data, recipe = study.data, study.train.recipe
-    seeds = f"seed{'s' * (len(study.seeds) > 1)} {', '.join(map(str, study.seeds))}"
-    return (
-        f"{data.train} universes to train, {data.test} held out, {data.voxels}³ voxels of "
-        f"{data.box_mpc / data.voxels:g} Mpc/h; recipe {recipe}, {study.train.epochs} epochs, width "
-        f"{study.network.width}, {seeds}; {done} trainings"
-    )
+def values(errors: Errors, what: str) -> list[Value]:
+    """The mean of the parameters and each of them, with their bars; `what`: "cube" or "universe"."""
+    found = getattr(errors, what)
+    return [with_bar(found.mean(-1)), *(with_bar(found[..., at]) for at in range(len(PARAMETERS)))]
 
 
-def label(key: Key) -> str:
-    size, batch_norm = key
-    return f"{size}³" + ("" if batch_norm else ", no batch norm")
-
-
-def numbers(by_key: dict[Key, Errors], said: Sequence[Law]) -> dict[str, Any]:
+def numbers(results: Results) -> dict[str, Any]:
     """Every figure of the table, for other programs."""
-    rows = []
-    for key, one in sorted(by_key.items()):
-        row: dict[str, Any] = {"size": key[0], "batch_norm": key[1], "seeds": len(one.cube)}
-        for what in ("cube", "universe"):
-            values = getattr(one, what)
-            found = [with_bar(values.mean(-1)), *(with_bar(values[..., at]) for at in range(len(PARAMETERS)))]
-            row[what] = [[value.mean, value.bar] for value in found]
-        rows.append(row)
+    rows = [
+        {"cubes": name, "seeds": len(one.cube)}
+        | {what: [[value.mean, value.bar] for value in values(one, what)] for what in ("cube", "universe")}
+        for name, one in results.rows
+    ]
     laws = [
-        {"law": law.text, "difference": [law.difference.mean, law.difference.bar], "holds": law.holds} for law in said
+        {"law": law.text, "difference": [law.difference.mean, law.difference.bar], "holds": law.holds}
+        for law in results.said
     ]
     return {"columns": ["mean", *PARAMETERS], "rows": rows, "laws": laws}
 
 
-def _errors(by_key: dict[Key, Errors], what: str) -> list[str]:
+def _errors(results: Results, what: str) -> list[str]:
     lines = ["| cubes | seeds | mean | " + " | ".join(PARAMETERS) + " |", "|---|---|---|" + "---|" * len(PARAMETERS)]
-    for key, one in sorted(by_key.items()):
-        values: np.ndarray[Any, Any] = getattr(one, what)
-        cells = [with_bar(values.mean(-1)), *(with_bar(values[..., at]) for at in range(len(PARAMETERS)))]
-        lines.append(f"| {label(key)} | {len(values)} | " + " | ".join(map(str, cells)) + " |")
+    for name, one in results.rows:
+        lines.append(f"| {name} | {len(one.cube)} | " + " | ".join(map(str, values(one, what))) + " |")
     return lines
 
 

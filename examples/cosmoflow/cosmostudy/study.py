@@ -61,7 +61,7 @@ def prepare(study: Study, out: Path) -> str:
     data = study.data
     if data.folder is not None:
         return data.folder
-    folder = out / UNIVERSES
+    folder = Path(universes_of(study, out))
     settings = Settings(
         seed=data.seed, count=data.train + data.test, voxels=data.voxels, box_mpc=data.box_mpc,
         particles=data.particles, lpt=data.lpt,
@@ -72,6 +72,11 @@ def prepare(study: Study, out: Path) -> str:
         generate(settings, folder, data.workers or usable_cores())
         print(f"universes: made in {clock(time.monotonic() - start_s)}", flush=True)
     return str(folder)
+
+
+def universes_of(study: Study, out: Path) -> str:
+    """The folder with the universes of the study in `out`."""
+    return study.data.folder or str(out / UNIVERSES)
 
 
 def scale(study: Study, universes: str, out: Path) -> Scale:
