@@ -1,4 +1,4 @@
-"""The script of the page's pictures draws both, at a small size here."""
+"""The scripts behind the page: pictures, and the memory of a rank; at a small size here."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import memory
 import pictures
 
 
@@ -21,3 +22,10 @@ def test_pictures_are_drawn(
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
     assert pictures.main([]) == 2
     assert "docs/images" in capsys.readouterr().err
+
+
+def test_memory_is_printed_for_each_number_of_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert memory.main(["18", "1", "2"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["18³ on 1 rank", "18³ on 2 ranks"]
+    assert memory.main(["64"]) == 2
