@@ -162,9 +162,15 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--particles", type=int, default=1, metavar="P", help="along each edge of a voxel; 2: 8 to a voxel (default: 1)"
     )
-    add("--lpt", type=int, default=1, choices=(1, 2), help="1: Zel'dovich (default); 2: second order, 3 × the time")
+    add(
+        "--lpt",
+        type=int,
+        default=1,
+        choices=(1, 2),
+        help="1: Zel'dovich (default); 2: second order, about twice the time",
+    )
     add("--assign", default="ngp", choices=("ngp", "cic"), help="a particle counts in its own voxel, or spread over 8")
-    add("--redshifts", default="0", metavar="Z,…", help="a channel each; the original's are 0,0.5,1.5,3 (default: 0)")
+    add("--redshifts", default="0", metavar="Z,…", help="a channel each, as 3,1.5,0.5,0 (default: 0)")
     add(
         "--spectrum",
         default="eh",
