@@ -7,16 +7,19 @@
     python benchmarks/io.py memory                     # memory of the store and its pipeline ÷ budget
     python benchmarks/io.py formats                    # bytes read ÷ bytes of the parts, each format (io_formats.py)
     python benchmarks/io.py loaders --rounds 9         # against DataLoader and MONAI's CacheDataset (io_loaders.py)
+    python benchmarks/io.py workers --rounds 9         # threads, processes, and how many hide reading (io_workers.py)
 
-The first four run on two one-thread ranks (`--ranks`), `formats` on four, `loaders` on one and on two. Files are
-written to a temporary folder first, so they lie in the page cache; `formats` and `loaders` take them out of it again
-before each reading where the system can (`posix_fadvise`), the others with `--cold`. Each table says what was done.
+The first four run on two one-thread ranks (`--ranks`), `formats` on four, `loaders` on one and on two, `workers` on
+one. Files are written to a temporary folder first, so they lie in the page cache; `formats` and `loaders` take them out
+of it again before each reading where the system can (`posix_fadvise`), the others with `--cold`. Each table says what
+was done.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import tempfile
 import time
@@ -29,8 +32,9 @@ import torch
 import torch.distributed as dist
 from io_formats import formats
 from io_loaders import loaders
-from io_pages import is_cold, said
+from io_pages import is_cold, said, taken
 from io_samples import SAMPLES, Made, Npy, order_of, splits, write_files
+from io_workers import workers
 from spatial import barrier, ratio
 
 import meshwright as mw
@@ -39,11 +43,10 @@ from meshwright.data.volumes import open_pairs
 from meshwright.models.small_unet import SmallUNet
 from meshwright.train.memory import peak_bytes, reset_peak, resident_bytes
 
-ROUNDS = 5  # of `layouts`, and of the later epochs of `resident`
 CPU = torch.device("cpu")
 
 
-def resident(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
+def resident(folder: str, edge: int, ranks: int, cold: bool, rounds: int) -> Iterator[tuple[str, float]]:
     """Step time with the store after the first epoch ÷ with one batch that is there already: the benchmark U-Net."""
     for name, plan in splits(ranks).items():
         size = ranks if name == "sample" else 1
@@ -51,7 +54,7 @@ def resident(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[s
         model = SmallUNet(1, 3, base=16, levels=3, norm="none").to(memory_format=torch.channels_last_3d)
         model = mw.parallelize(model, plan, strict=True)
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
-        epoch, rounds = SAMPLES // size, ROUNDS
+        epoch = SAMPLES // size
 
         def train(
             part: torch.Tensor, plan: mw.Plan = plan, size: int = size, model: Any = model, sgd: Any = optimizer
@@ -82,7 +85,7 @@ def resident(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[s
         yield f"resident, {name}: wait per step, ms", 1e3 * waited
 
 
-def rereading(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
+def rereading(folder: str, edge: int, ranks: int, cold: bool, rounds: int) -> Iterator[tuple[str, float]]:
     """An epoch of batches read from the files each time ÷ the same epoch from the store, nothing else computed."""
     known = (0.0, 1.0)
     pairs = open_pairs(f"{folder}/*-image.nii.gz", f"{folder}/*-label.nii.gz", ("a", "b", "c"), intensity=known)
@@ -110,31 +113,40 @@ def rereading(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[
             yield f"rereading {kind}, {name}: files / store", direct_s / store_s
 
 
-def layouts(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
+def layouts(folder: str, edge: int, ranks: int, cold: bool, rounds: int) -> Iterator[tuple[str, float]]:
     """First epoch of a split sample: one rank reads it and gives parts away ÷ each rank reads its own part."""
     plan = splits(ranks)["depth"]
     readings = {"own part": plan, "sample-parallel": splits(ranks)["sample"]}
     seconds: dict[str, list[float]] = {name: [] for name in readings}
-    for turn in range(-1, ROUNDS):  # once to bring both to the same state of the page cache
-        for name, reading in readings.items():
+    from_disk = dict.fromkeys(readings, 0)
+    source = open_pairs(f"{folder}/*-image.npy", f"{folder}/*-label.npy", ("a", "b", "c"), intensity=(12.0, 1000.0))
+    turns = random.Random(0)
+    for turn in range(-1, rounds):  # once to bring both to the same state of the page cache
+        for name in turns.sample(list(readings), len(readings)):
             is_cold(cold, folder)
+            before = taken().disk
             barrier()
             begin_s = time.perf_counter()
             with Store(
-                Npy(folder), plan, order_of(SAMPLES, 1), budget_bytes=4 << 30, last=SAMPLES, reading=reading
+                source, plan, order_of(SAMPLES, 1), budget_bytes=4 << 30, last=SAMPLES, reading=readings[name]
             ) as store:
                 for _ in store:
                     pass
             barrier()
             if turn >= 0:
                 seconds[name].append(time.perf_counter() - begin_s)
+                from_disk[name] += taken().disk - before
     middle, low, high = ratio(seconds["sample-parallel"], seconds["own part"])
     yield "layouts: whole samples and scatter / own part", middle
     yield "layouts: low end of its interval", low
     yield "layouts: high end of its interval", high
+    for name, values in seconds.items():
+        yield f"layouts: {name}, ms a sample", 1e3 * statistics.median(values) / SAMPLES
+        files = sum(file.stat().st_size for file in Path(folder).glob("*.npy"))
+        yield f"layouts: {name}, bytes from disk / all files", from_disk[name] / (rounds * files)
 
 
-def memory(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str, float]]:
+def memory(folder: str, edge: int, ranks: int, cold: bool, rounds: int) -> Iterator[tuple[str, float]]:
     """The most memory that a rank gained while three epochs were served ÷ budget; two thirds of its share fit."""
     samples = 64
     for name, plan in splits(ranks).items():
@@ -157,17 +169,17 @@ def memory(folder: str, edge: int, ranks: int, cold: bool) -> Iterator[tuple[str
 ON_RANKS = {claim.__name__: claim for claim in (resident, rereading, layouts, memory)}
 
 
-def measured(name: str, folder: str, edge: int, ranks: int, cold: bool) -> list[tuple[str, float]]:
+def measured(name: str, folder: str, edge: int, ranks: int, cold: bool, rounds: int) -> list[tuple[str, float]]:
     """Runs on each rank."""
     torch.set_num_threads(1)
-    return list(ON_RANKS[name](folder, edge, ranks, cold))
+    return list(ON_RANKS[name](folder, edge, ranks, cold, rounds))
 
 
 def on_ranks(name: str, folder: str, args: argparse.Namespace) -> dict[str, float]:
     """Print what each rank has measured; returns the worst of each figure."""
     write_files(folder, args.edge)
     print(f"\n{name}: {SAMPLES} samples, edge {args.edge}, {args.ranks} ranks; {said(is_cold(args.cold, folder))}")
-    found = mw.launch(measured, args.ranks, (name, folder, args.edge, args.ranks, args.cold), threads=1)
+    found = mw.launch(measured, args.ranks, (name, folder, args.edge, args.ranks, args.cold, args.rounds), threads=1)
     figures = {}
     for lines in zip(*found, strict=True):
         what, worst = lines[0][0], max(value for _, value in lines)
@@ -180,6 +192,7 @@ CLAIMS: dict[str, Callable[[str, argparse.Namespace], dict[str, float]]] = {
     **{name: partial(on_ranks, name) for name in ON_RANKS},
     "formats": lambda folder, args: formats(folder, args.edge),
     "loaders": lambda folder, args: loaders(folder, args.edge, args.rounds),
+    "workers": lambda folder, args: workers(folder, args.edge, args.rounds),
 }
 
 
@@ -189,7 +202,7 @@ def main() -> None:
     parser.add_argument("--claims", nargs="+", default=[], dest="more", metavar="CLAIM", help="the same")
     parser.add_argument("--edge", type=int, default=96)
     parser.add_argument("--ranks", type=int, default=2, help="of the first four claims")
-    parser.add_argument("--rounds", type=int, default=5, help="of `loaders`")
+    parser.add_argument("--rounds", type=int, default=5, help="of all but `rereading`, `memory`, `formats`")
     parser.add_argument("--cold", action="store_true", help="empty the page cache before each reading, if permitted")
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()

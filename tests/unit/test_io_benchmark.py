@@ -22,7 +22,7 @@ def run(*arguments: str) -> str:
 
 def test_help_names_the_claims() -> None:
     said = run("--help")
-    for claim in ("resident", "rereading", "layouts", "memory", "formats", "loaders"):
+    for claim in ("resident", "rereading", "layouts", "memory", "formats", "loaders", "workers"):
         assert f"python benchmarks/io.py {claim}" in said
     for option in ("--edge", "--rounds", "--claims"):
         assert option in said
