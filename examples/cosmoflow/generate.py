@@ -31,13 +31,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import meshwright as mw
 from displacement import potential, second_source
 from fields import gaussian_modes
-from files import Writer
 from meshwright.cluster.place import find_place
 from meshwright.data import chance
 from meshwright.errors import DataError, MeshwrightError
 from particles import counts, delivered, layers, positions
 from slabs import Slabs
 from spectrum import power_spectrum
+from universe_file import Writer
 from universes import NOISE, Ranges, Settings, save
 
 

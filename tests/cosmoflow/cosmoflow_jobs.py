@@ -12,8 +12,8 @@ import torch.distributed as dist
 
 import generate
 from fields import gaussian_modes
-from files import Writer
 from slabs import Slabs
+from universe_file import Writer
 from universes import Settings
 
 
