@@ -219,8 +219,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         settings = settings_of(args)
-        if args.workers < 1:
-            raise DataError(f"--workers {args.workers}: at least 1")
+        if min(args.workers, args.ranks) < 1:
+            raise DataError(f"--workers {args.workers} --ranks {args.ranks}: at least 1 of both")
         place = find_place(os.environ)
         generate(settings, args.out, args.workers, ranks=args.ranks if place.launcher == "local" else place.ranks)
     except (MeshwrightError, OSError) as error:

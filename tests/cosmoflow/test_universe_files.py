@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import generate
+import meshwright as mw
 import universes
 from meshwright.data.formats import open_array
 from meshwright.errors import ConfigError, DataError
@@ -57,6 +58,18 @@ def test_what_a_file_holds(folder: Path) -> None:
         *(f"universe_{index:05d}.h5" for index in range(4)),
         "universes.yaml",
     ]
+
+
+@pytest.mark.parametrize("kind", ["hdf5", "zarr"])
+def test_a_rank_reads_its_part_and_nothing_else(kind: str, tmp_path: Path) -> None:
+    settings = Settings(count=1, format=kind)
+    generate.generate(settings, tmp_path)
+    array = open_array(settings.image(tmp_path, 0))
+    for plan in (mw.Plan.uniform(depth=4), mw.Plan.uniform(depth=2, height=2, width=2), mw.Plan.uniform(width=4)):
+        for rank in range(plan.ranks):
+            box = (slice(0, 1), *mw.interval((1, *settings.shape), plan, rank)[2:])
+            part, read_bytes = array.read(box)
+            assert read_bytes == part.nbytes
 
 
 def test_zarr_holds_the_same(folder: Path, tmp_path: Path) -> None:
@@ -150,7 +163,12 @@ def test_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], fo
     assert "4 universes of 20³ voxels" in capsys.readouterr().out
     for wanted, found in zip(images(SMALL, folder), images(SMALL, tmp_path / "new"), strict=True):
         assert np.array_equal(wanted, found)
-    for wrong, text in (("--redshifts now", "--redshifts 'now'"), ("--workers 0", "--workers"), ("--n-s 1", "n_s")):
+    for wrong, text in (
+        ("--redshifts now", "--redshifts 'now'"),
+        ("--workers 0", "--workers"),
+        ("--ranks 0", "--ranks"),
+        ("--n-s 1", "n_s"),
+    ):
         assert generate.main(["--out", str(tmp_path / "wrong"), *wrong.split()]) == 1
         assert text in capsys.readouterr().err
     assert not os.path.exists(tmp_path / "wrong")
