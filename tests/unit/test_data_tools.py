@@ -246,3 +246,29 @@ def test_mistakes_are_one_message(tmp_path: Path, capsys: pytest.CaptureFixture[
         assert run("data", *arguments) == 1
         assert words in capsys.readouterr().err
     assert os.listdir(tmp_path / "empty") == []
+
+
+@pytest.mark.parametrize("kind", ["npy", "zarr"])
+def test_a_zarr_source_written_in_place_is_newer_than_what_was_made_of_it(kind: str, tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    source, target = zarr_files(tmp_path / "source"), tmp_path / "target"
+    make = lambda: [convert.convert(t, kind) for t in convert.targets(find_pairs(source), target, kind, Plan.uniform())]  # type: ignore[arg-type]  # noqa: E731
+    make()
+    make()
+    array = zarr.open_array(source / "1.zarr/image", mode="r+")
+    before = (source / "1.zarr/image").stat().st_mtime_ns
+    array[0, 0, 0] = array[0, 0, 0] + 1  # one chunk, which lies deeper
+    assert (source / "1.zarr/image").stat().st_mtime_ns == before
+    with pytest.raises(DataError, match=r"images/1.* was made before .*1.zarr/image/.* changed. Remove it"):
+        make()
+
+
+def test_a_zarr_array_written_anew_is_not_read_as_what_it_was(tmp_path: Path) -> None:
+    zarr.create_array(tmp_path / "a.zarr", data=np.arange(64.0).reshape(4, 4, 4), chunks=(2, 4, 4))
+    array, box = open_array(tmp_path / "a.zarr"), (slice(0, 2), slice(0, 4), slice(0, 4))
+    assert array.read(box)[0][1, 3, 3] == 31
+    again = np.arange(64, dtype=np.int64).reshape(4, 4, 4)
+    zarr.create_array(tmp_path / "a.zarr", data=again, chunks=(2, 4, 4), overwrite=True)
+    with pytest.raises(DataError, match=r"a.zarr: it was written anew after it had been opened"):
+        array.read(box)
+    assert open_array(tmp_path / "a.zarr").read(box)[0][1, 3, 3] == 31

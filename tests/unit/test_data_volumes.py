@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import h5py
 import nibabel
 import numpy as np
 import pytest
@@ -111,6 +112,49 @@ def test_an_image_and_label_of_different_shapes_are_named(folder: Path) -> None:
     write(folder / "label_1.nii.gz", np.zeros((6, 7, 9), np.uint8))
     with pytest.raises(DataError, match=r"image_1.nii.gz has shape \(6, 7, 8\) but .*label_1.nii.gz has \(6, 7, 9\)"):
         pairs(folder)
+
+
+def headed(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    nibabel.Nifti1Image(array.T, affine).to_filename(path)
+
+
+def test_an_image_and_label_in_other_places_are_named(folder: Path) -> None:
+    """Less than a tenth of a voxel apart everywhere, as rounding leaves them, is one grid."""
+    label, image = stored(folder, "label_1.nii.gz"), np.diag([0.5, 1.0, 2.0, 1.0])
+    for number, by, distance in ((3, 0.04, ""), (3, 0.06, "0.06"), (0, 0.0, ""), (0, 0.02, "0.14"), (2, 0.008, "")):
+        affine = image.copy()
+        affine[min(number, 2), number] += by  # the origin of z, the size of x, the size of z
+        headed(folder / "label_1.nii.gz", label, affine)
+        if not distance:
+            assert len(pairs(folder).pairs) == 3
+            continue
+        words = rf"image_1.nii.gz and .*label_1.nii.gz .* are up to {distance} mm apart, with voxels of 2 × 1 × 0.5 mm"
+        with pytest.raises(DataError, match=words):
+            pairs(folder)
+    turned = image.copy()
+    turned[:2, :2] = [[0.5 * np.cos(0.2), -np.sin(0.2)], [0.5 * np.sin(0.2), np.cos(0.2)]]
+    headed(folder / "label_1.nii.gz", label, turned)  # of the same orientation, RAS, and the same sizes
+    with pytest.raises(DataError, match=r"voxels of equal number are up to .* mm apart"):
+        pairs(folder)
+    bad: list[str] = []
+    assert len(pairs(folder, bad=bad).pairs) == 2
+    assert "lie in other places" in bad[0]
+
+
+def test_voxel_sizes_of_other_formats_are_compared(folder: Path) -> None:
+    label = stored(folder, "label_1.nii.gz")
+    (folder / "label_1.nii.gz").unlink()
+    for spacing, fits in (((2.0, 1.0, 0.5), True), ((2.0, 1.0, 0.501), True), ((2.0, 1.0, 0.6), False)):
+        with h5py.File(folder / "label_1.h5", "w") as file:
+            file["label"] = label
+            file["label"].attrs["spacing_mm"] = spacing
+        if fits:
+            assert len(open_pairs(f"{folder}/image_*", f"{folder}/label_*", CLASSES).pairs) == 3
+        else:
+            with pytest.raises(
+                DataError, match=r"image_1.nii.gz has voxels of .* but .*label_1.h5::label of .* 0\.6\)"
+            ):
+                open_pairs(f"{folder}/image_*", f"{folder}/label_*", CLASSES)
 
 
 def test_the_last_pairs_are_held_out(folder: Path) -> None:

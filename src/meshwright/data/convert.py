@@ -148,9 +148,17 @@ def _see_same(target: Target) -> None:
             f"{target.path} exists and is another array: shape {there.shape}, {there.dtype}, chunks {there.chunks}; "
             f"now {target.array.shape}, {target.dtype}, {target.chunks} is wanted. Remove it, or choose another folder."
         )
-    newer = [path for path in files_of(target.array) if path.stat().st_mtime_ns > target.path.stat().st_mtime_ns]
+    made_ns = target.path.stat().st_mtime_ns
+    newer = [file for path in files_of(target.array) for file in _with_inner(path) if file.stat().st_mtime_ns > made_ns]
     if newer:
         raise DataError(f"{target.path} was made before {newer[0]} changed. Remove it, so that it is made anew.")
+
+
+def _with_inner(path: Path) -> Iterator[Path]:
+    """A file, or a folder and all that is in it: chunks that are written in place change no folder."""
+    yield path
+    if path.is_dir():
+        yield from path.rglob("*")
 
 
 def _finished(target: Target) -> int:

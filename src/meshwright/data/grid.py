@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from meshwright.data.arrays import StoredArray
-from meshwright.data.nifti import see_matching
+from meshwright.data.nifti import APART, see_matching
 from meshwright.data.planes import NiftiArray
 from meshwright.errors import DataError
 
@@ -19,4 +21,15 @@ def see_one_grid(arrays: Sequence[StoredArray]) -> None:
                 f"{arrays[0].name} has shape {arrays[0].shape} but {array.name} has {array.shape} (channels, then "
                 "D, H, W); an image and its label must lie on the same grid: resample one to the other"
             )
-    see_matching(*(array.volume for array in arrays if isinstance(array, NiftiArray)))
+    niftis = [array for array in arrays if isinstance(array, NiftiArray)]
+    see_matching(*(array.volume for array in niftis))
+    others = [array for array in arrays if not isinstance(array, NiftiArray) and array.spacing_mm is not None]
+    known: list[StoredArray] = [*niftis[:1], *others]  # of NIfTI files the affines have been compared
+    for array in known[1:]:
+        first, other = np.array(known[0].spacing_mm), np.array(array.spacing_mm)
+        if (abs(first - other) * (np.array(array.shape[-3:]) - 1) > APART * first).any():
+            raise DataError(
+                f"{known[0].name} has voxels of {known[0].spacing_mm} mm but {array.name} of {array.spacing_mm} mm "
+                "(D, H, W); an image and its label must lie on the same grid: resample one to the other, or correct "
+                "the voxel size (spacing_mm) that is wrong"
+            )

@@ -21,6 +21,7 @@ from meshwright.errors import DataError
 
 _GZIP_MAGIC = b"\x1f\x8b"
 _CHUNK_BYTES = 1 << 20
+APART = 0.1  # of a voxel
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Volume:
     inter: float
     compressed: bool
     channels: int = 1
+    affine: tuple[tuple[float, ...], ...] = ()  # voxel (x, y, z) → mm: three rows of four numbers
 
     @property
     def data_bytes(self) -> int:
@@ -106,6 +108,7 @@ def _opened(path: Path) -> Volume:
         inter=float(proxy.inter),
         compressed=compressed,
         channels=math.prod(shape[3:]),
+        affine=tuple(tuple(map(float, row)) for row in image.affine[:3]),
     )
     _see_complete(volume)
     return volume
@@ -144,7 +147,8 @@ def truncated(volume: Volume, found: int) -> DataError:
 
 
 def see_matching(*volumes: Volume) -> None:
-    """Raise `DataError` unless all files have the shape and the orientation of the first."""
+    """Raise `DataError` unless all files have the shape and the orientation of the first, and their voxels lie in the
+    same places: none further than `APART` of a voxel from where the first file has it."""
     for first, other in zip(volumes[:1] * len(volumes), volumes[1:], strict=False):
         if other.shape != first.shape:
             raise DataError(
@@ -156,3 +160,23 @@ def see_matching(*volumes: Volume) -> None:
                 f"{first.path} is stored {first.orientation} but {other.path} {other.orientation}; "
                 "an image and its label must lie on the same grid: reorient one (nibabel.as_closest_canonical)"
             )
+        apart_mm, size_mm = _apart_mm(first, other), min(first.spacing_mm)
+        if not apart_mm <= APART * size_mm:  # nor NaN
+            raise DataError(
+                f"{first.path} and {other.path} have one shape but lie in other places: voxels of equal number are up "
+                f"to {apart_mm:.3g} mm apart, with voxels of {_mm(first)} mm and {_mm(other)} mm (D, H, W). An image "
+                "and its label must lie on the same grid: resample one to the other, or correct the header (affine) "
+                "that is wrong"
+            )
+
+
+def _apart_mm(first: Volume, other: Volume) -> float:
+    """How far two voxels of equal number are apart at most, by the affines: at one of the corners, for it is convex."""
+    depth, height, width = first.shape
+    moved = np.array(first.affine) - np.array(other.affine)
+    corners = np.array([(x, y, z, 1) for x in (0, width - 1) for y in (0, height - 1) for z in (0, depth - 1)])
+    return float(np.linalg.norm(corners @ moved.T, axis=1).max())
+
+
+def _mm(volume: Volume) -> str:
+    return " × ".join(f"{size:.4g}" for size in volume.spacing_mm)

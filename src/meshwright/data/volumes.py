@@ -15,10 +15,9 @@ import torch
 from meshwright.data import once
 from meshwright.data.arrays import Array, StoredArray, box_bytes
 from meshwright.data.formats import open_array
+from meshwright.data.grid import see_one_grid
 from meshwright.data.measure import MOST_CLASSES, Spent, count_classes, has_whole_numbers, intensity, is_class
-from meshwright.data.nifti import see_matching
 from meshwright.data.packing import Packing
-from meshwright.data.planes import NiftiArray
 from meshwright.data.source import LABEL, Field, Part, kept
 from meshwright.data.views import files_of, parts_of, stacked
 from meshwright.errors import DataError
@@ -41,8 +40,7 @@ class Pair:
                 f"{self.image.name} has shape {shape} but {self.label.name} has {other} (channels, then D, H, W); "
                 "an image and its label must lie on the same grid: resample one to the other"
             )
-        arrays = (*parts_of(self.image), self.label)
-        see_matching(*(array.volume for array in arrays if isinstance(array, NiftiArray)))
+        see_one_grid((*parts_of(self.image), self.label))
 
     @property
     def channels(self) -> int:
@@ -149,7 +147,7 @@ class Pairs:
                 f"{label.name}: label value {wrong[0]:g}; whole numbers from 0 to {len(self.classes) - 1} are expected "
                 f"for the {len(self.classes)} classes {', '.join(self.classes)}"
             )
-        return values.astype(np.uint8)
+        return values.astype(np.uint8, copy=False)
 
 
 def opened(cases: Iterable[Callable[[], list[Pair]]], bad: list[str] | None) -> list[Pair]:

@@ -37,6 +37,7 @@ class ZarrArray(RandomAccess):
     dtype: np.dtype[Any]
     chunks: tuple[int, ...]
     spacing_mm: tuple[float, float, float] | None = None
+    written: tuple[tuple[int, int], ...] = ()  # size and time of change of the metadata when the array was opened
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -52,8 +53,14 @@ class ZarrArray(RandomAccess):
         A chunk that is not there holds the array's fill value: that is what Zarr defines, not a missing file.
         """
         box = checked(self, spans)
-        values = retried(lambda: _guarded(self.path, lambda: np.asarray(self._opened[box])), self.name)
-        return values, chunk_bytes(self, box)
+
+        def once() -> Array:
+            found: Array = _guarded(self.path, lambda: np.asarray(self._opened[box]))
+            if self.written and _written(self.path) != self.written:  # chunks may have been read as what they are not
+                raise DataError(f"{self.path}: it was written anew after it had been opened; start again")
+            return found
+
+        return retried(once, self.name), chunk_bytes(self, box)
 
 
 def zarr() -> ModuleType:
@@ -99,10 +106,17 @@ def open_zarr(path: Path, dims: int = 3) -> ZarrArray:
             f"{path}: codec {wrong[0]!r} is not read here: it is not one that only decodes numbers; write the array "
             "again with blosc, zstd or gzip"
         )
+    written = retried(lambda: _written(path), path)
     found = retried(lambda: _guarded(path, lambda: _open(path)), path)
     dtype, shape = np.dtype(found.dtype), tuple(int(size) for size in found.shape)
     see_numbers(str(path), dtype, shape, dims)
-    return ZarrArray(path, shape, dtype, tuple(int(size) for size in found.chunks), spacing_of(found.attrs, str(path)))
+    chunks = tuple(int(size) for size in found.chunks)
+    return ZarrArray(path, shape, dtype, chunks, spacing_of(found.attrs, str(path)), written)
+
+
+def _written(path: Path) -> tuple[tuple[int, int], ...]:
+    states = [(path / name).stat() for name in (".zarray", "zarr.json") if (path / name).is_file()]
+    return tuple((state.st_size, state.st_mtime_ns) for state in states)
 
 
 def _open(path: Path) -> Any:
