@@ -104,7 +104,7 @@ class AugmentConfig:
     permute: tuple[str, ...] = ()  # these dims, of one size, in any order
     rotate90: tuple[str, ...] = ()  # quarter turns in the plane of two of these dims, of one size
     roll: tuple[str, ...] = ()  # by any number of voxels along these dims
-    rotate_deg: float = 0.0  # turns within ± degrees about each axis
+    rotate_deg: float = 0.0  # turns within ± degrees about each axis, of space in mm: voxels need be no cubes
     zoom: float = 0.0  # sizes × 1 / (1 + zoom) to 1 + zoom
     elastic: float = 0.0  # voxels that a cubic B-spline displaces at most
     elastic_spacing: float = 32.0  # voxels between its control points

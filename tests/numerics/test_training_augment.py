@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import nibabel
+import numpy as np
 import pytest
 
 from augment_jobs import batches, samples
 from meshwright.cluster.launch import launch
+from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
+from meshwright.data.transforms import Compose
 from meshwright.errors import ConfigError, DataError
-from meshwright.train.job import settled, sources
+from meshwright.plan.plan import Plan
+from meshwright.train.feed import Feed
+from meshwright.train.job import build, settled, sources
 from training_jobs import job, last, train, write_pairs
 
 EVERYTHING = (
@@ -71,3 +78,26 @@ def test_an_augmentation_that_cannot_be_drawn_is_refused_before_training(data: l
         settings = job(data, setting)
         with pytest.raises(error, match=message):
             settled(settings, sources(settings)[0])
+
+
+def test_what_is_drawn_knows_the_size_of_voxels(
+    data: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for path in (tmp_path / "data").iterdir():
+        values = np.asarray(nibabel.load(path).dataobj)
+        nibabel.Nifti1Image(values, np.diag([1.0, 2.0, 5.0, 1.0])).to_filename(path)
+    seen, draw = list[object](), Recipe.draw
+
+    def noted(self: Recipe, *given: Any, **named: Any) -> Compose:
+        seen.append(named["spacing_mm"])
+        return draw(self, *given, **named)
+
+    monkeypatch.setattr(Recipe, "draw", noted)
+    for memory in "null", "1":
+        settings = job(data, "augment.rotate_deg=5", f"data.memory_mib={memory}")
+        settled(settings, sources(settings)[0])
+        with Feed(build(settings, Plan.uniform(), split=False)[0], 0, tmp_path) as feed:
+            feed.batch(1)
+        assert len(seen) >= 2
+        assert set(seen) == {(5.0, 2.0, 1.0)}
+        seen.clear()

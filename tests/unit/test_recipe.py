@@ -129,6 +129,35 @@ def test_turns_are_turns() -> None:
     torch.testing.assert_close(torch.tensor(quarter).abs(), expected.abs(), atol=1e-7, rtol=0)
 
 
+def test_turns_are_of_space_and_not_of_voxels() -> None:
+    """In mm every distance becomes the same multiple, whatever the size of voxels; for cubes no bit changes."""
+    recipe, spacing = Recipe(rotate_deg=40, zoom=0.3, halo=1e9, patch=(6, 5, 4)), (3.0, 1.0, 0.5)
+    for position in range(20):
+        cubes, thick = (recipe.draw(0, position, (9, 8, 7), spacing_mm=mm).transforms for mm in ((2.0,) * 3, spacing))
+        assert cubes == recipe.draw(0, position, (9, 8, 7)).transforms
+        assert thick[1:] == cubes[1:]
+        own, scale = torch.tensor(thick[0].matrix, dtype=torch.float64), torch.diag(torch.tensor(spacing).double())
+        in_mm = scale @ own @ scale.inverse()
+        torch.testing.assert_close(in_mm, torch.tensor(cubes[0].matrix, dtype=torch.float64))
+        size = torch.linalg.det(in_mm) ** (2 / 3)
+        torch.testing.assert_close(in_mm @ in_mm.T, torch.eye(3, dtype=torch.float64) * size)
+    with pytest.raises(DataError, match=r"voxels of \(1.0, 0.0, 1.0\) mm \(D, H, W\): turns need sizes above 0"):
+        recipe.draw(0, 0, (9, 8, 7), spacing_mm=(1.0, 0.0, 1.0))
+
+
+def test_a_ball_in_thick_slices_stays_a_ball() -> None:
+    """What is turned about a ball's middle is the same ball: slices 3 mm apart of voxels of 1 mm."""
+    shape, spacing = (13, 37, 37), torch.tensor([3.0, 1.0, 1.0])
+    middle = (torch.tensor(shape) - 1) / 2
+    places = torch.stack(torch.meshgrid(*(torch.arange(n).float() for n in shape), indexing="ij"), -1)
+    ball = (((places - middle) * spacing).norm(dim=-1) < 12).byte()
+    recipe = Recipe(rotate_deg=60, halo=64)
+    for position in range(4):
+        drawn = recipe.draw(1, position, shape, spacing_mm=spacing.tolist())
+        turned_ball = read(drawn, lambda box: {"label": ball[box]}, [slice(0, n) for n in shape], shape)["label"]
+        assert (turned_ball != ball).sum() < 0.12 * ball.sum()  # a layer of its surface, by nearest neighbours
+
+
 def test_what_cannot_be_drawn_is_refused() -> None:
     for wrong, message in (
         ({"flip": ("left",)}, "'left' is no dim"),

@@ -31,7 +31,8 @@ class Recipe:
     number of voxels. `gamma`: exponents 1 / (1 + gamma) … 1 + gamma over `gamma_range`. `scale`, `shift`: image ·
     (1 ± scale) ± shift. `noise`: normal noise of a standard deviation of 0 … noise.
 
-    Turns are in voxels: give spacings that are alike. Raises `ValueError` for unknown dims and negative ranges.
+    Turns and zoom are of space in mm, elastic displacements in voxels. Raises `ValueError` for unknown dims and
+    negative ranges.
     """
 
     rotate_deg: float = 0.0
@@ -80,13 +81,20 @@ class Recipe:
         return not any((*moves, self.gamma, self.scale, self.shift, self.noise))
 
     def draw(
-        self, seed: int, position: int, shape: Sequence[int], boxes: Sequence[Sequence[slice]] = (), share: float = 0.0
+        self,
+        seed: int,
+        position: int,
+        shape: Sequence[int],
+        boxes: Sequence[Sequence[slice]] = (),
+        share: float = 0.0,
+        spacing_mm: Sequence[float] = (1.0, 1.0, 1.0),
     ) -> Compose:
         """The augmentation of the sample at `position` in the order: a function of its arguments, equal on all ranks.
 
-        `shape`: D, H, W of the sample; `boxes` and `share` as in `patches.draw`. What is drawn for one thing does not
-        depend on whether another is switched on. Raises `DataError` for a patch larger than the sample, and for dims
-        of different sizes that would have to change places.
+        `shape`: D, H, W of the sample; `spacing_mm`: the size of its voxels, likewise; `boxes` and `share` as in
+        `patches.draw`. What is drawn for one thing does not depend on whether another is switched on. Raises
+        `DataError` for a patch larger than the sample, and for dims of different sizes that would have to change
+        places.
         """
         patch = patches.draw(shape, self.patch, seed, position, boxes, share) if self.patch is not None else None
         sizes = self._sizes(tuple(shape) if patch is None else patch.size)
@@ -98,7 +106,7 @@ class Recipe:
             middle = None
             if patch is not None:
                 middle = tuple(lo + (size - 1) / 2 for lo, size in zip(patch.start, patch.size, strict=True))
-            found.append(Affine(turned(angles, zoom), centre=middle, halo=self.halo))
+            found.append(Affine(in_voxels(turned(angles, zoom), spacing_mm), centre=middle, halo=self.halo))
         if self.elastic:
             found.append(Elastic(self.elastic_spacing, self.elastic, key(_STREAM, seed, position, 101), self.halo))
         found += [patch] if patch is not None else []
@@ -143,6 +151,17 @@ def turned(angles: Sequence[float], zoom: float) -> Matrix:
         for row in total:
             row[a], row[b] = row[a] * cos + row[b] * sin, row[b] * cos - row[a] * sin
     return tuple(tuple(row) for row in total)
+
+
+def in_voxels(matrix: Matrix, spacing_mm: Sequence[float]) -> Matrix:
+    """The map of positions in voxels that is `matrix` in mm; the same where voxels are cubes.
+
+    Raises `DataError` for voxels without a size.
+    """
+    if not all(0 < size < math.inf for size in spacing_mm):
+        raise DataError(f"voxels of {tuple(spacing_mm)} mm (D, H, W): turns need sizes above 0; correct the header")
+    rows = zip(matrix, spacing_mm, strict=True)
+    return tuple(tuple(number * (own / out) for number, own in zip(row, spacing_mm, strict=True)) for row, out in rows)
 
 
 def _signed(at: float) -> float:

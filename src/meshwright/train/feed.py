@@ -18,7 +18,7 @@ from meshwright.data.source import IMAGE_BYTES, LABEL_BYTES, ReadStats
 from meshwright.data.store import Store
 from meshwright.data.transforms import Transform
 from meshwright.errors import ConfigError
-from meshwright.train.job import Batch, Job, augmented, batch_size, placed, recipe, training_batch
+from meshwright.train.job import Batch, Job, augmented, batch_size, drawn, placed, recipe, training_batch
 from meshwright.train.skipping import agreed
 
 MIB = 1 << 20
@@ -60,7 +60,7 @@ class Feed:
 
     def _drawn(self, step: int, position: int, sample: int) -> Transform:
         job = self._job
-        return recipe(job.config).draw(job.config.seed, job.at(step).seen + position, job.train.shape(sample))
+        return drawn(job, job.at(step).seen + position, sample)
 
     def batch(self, step: int) -> Batch:
         """The augmented batch of `step` (from 1)."""

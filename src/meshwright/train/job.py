@@ -24,7 +24,9 @@ from meshwright.data.hdf5_mpi import through_mpi
 from meshwright.data.mni import open_mni
 from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
+from meshwright.data.prefetch import processors
 from meshwright.data.source import Kept, ReadStats, VolumeSource, batch_shape, read_batch
+from meshwright.data.transforms import Compose
 from meshwright.data.volumes import Pairs, hold_out, make_pairs, of_one_size, open_pairs
 from meshwright.errors import ConfigError, PlanError
 from meshwright.models.small_unet import SmallUNet
@@ -126,7 +128,7 @@ def settled(config: Config, train: VolumeSource) -> Config:
 
     Raises `ConfigError` and `DataError` for an augmentation that cannot be drawn for these samples.
     """
-    recipe(config).draw(config.seed, 0, train.shape(0))
+    recipe(config).draw(config.seed, 0, train.shape(0), spacing_mm=train.spacing_mm(0))
     data = replace(config.data, classes=train.classes) if is_folder(config) else config.data
     if data.path is not None:
         data = replace(data, name="folder", path=str(Path(data.path).resolve()))
@@ -204,7 +206,7 @@ def build(
         begin = checkpoint.step, checkpoint.extra.get("seen", checkpoint.step * batch_size(config, plan))
     held = Counted(validation)
     # within a budget each validation reads anew, for what it kept would come on top
-    kept = Kept(reads), held if config.data.memory_mib is not None else Kept(held)
+    kept = Kept(reads, processors()), held if config.data.memory_mib is not None else Kept(held)
     job = Job(config, plan, rank, device, *kept, model, optimizer, split, reads, held, bad=tuple(bad), begin=begin)
     return job, checkpoint
 
@@ -227,12 +229,16 @@ def _training_batch(job: Job, step: int, source: VolumeSource) -> Batch:
     indices: Sequence[int] = at.batch(batch_size(config, job.plan))
     if job.reads is not None:
         indices = replaced(indices, job.reads)
-    drawn = recipe(config)
-    if not drawn.is_nothing:
-        shapes = enumerate(map(job.train.shape, indices), at.seen)
-        transforms = [drawn.draw(config.seed, position, shape) for position, shape in shapes]
+    if not recipe(config).is_nothing:
+        transforms = [drawn(job, position, sample) for position, sample in enumerate(indices, at.seen)]
         source, indices = Augmented(source, indices, transforms, job.reads), range(len(indices))
     return augmented(job, step, load(job, source, indices))
+
+
+def drawn(job: Job, position: int, sample: int) -> Compose:
+    """What is drawn for a training sample at `position` in the order of samples."""
+    train, config = job.train, job.config
+    return recipe(config).draw(config.seed, position, train.shape(sample), spacing_mm=train.spacing_mm(sample))
 
 
 def augmented(job: Job, step: int, batch: Batch) -> Batch:
