@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import meshwright as mw
 from meshwright.data import sampler
+from meshwright.data.prefetch import processors
 from meshwright.data.source import Kept, batch_shape, read_batch
 from meshwright.data.store import Store
 from meshwright.data.volumes import open_pairs
@@ -128,7 +129,7 @@ def pairs(work: Work) -> Any:
 
 
 def kept(work: Work) -> Iterator[Batch]:
-    source = Kept(pairs(work))
+    source = Kept(pairs(work), processors())
     for step in range(work.steps):
         indices = work.order(step)
         yield read_batch(source, indices, mw.interval(batch_shape(source, indices), work.plan, work.rank))

@@ -9,6 +9,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from unittest.mock import patch
 
 import nibabel
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from meshwright.data import gunzip, retry
+from meshwright.data import gunzip, inflate, retry
 from meshwright.data.gunzip import Gunzip
 from meshwright.data.nifti import open_volume
 from meshwright.data.planes import NiftiArray
@@ -47,6 +48,7 @@ def failing(calls: set[int], number: int = errno.EIO) -> Iterator[list[float]]:
     st.lists(st.tuples(st.booleans(), st.integers(1, 2000)), min_size=1, max_size=20),
     st.sets(st.integers(0, 60), max_size=8),
     st.sampled_from((7, 64, 4096)),
+    st.sampled_from((zlib, inflate._module())),
 )
 def test_the_stream_is_that_of_gzip(
     tmp_path_factory: pytest.TempPathFactory,
@@ -55,13 +57,19 @@ def test_the_stream_is_that_of_gzip(
     asked: list[tuple[bool, int]],
     failed: set[int],
     piece: int,
+    module: ModuleType,
 ) -> None:
     """Members, padding, reads and skips of any size; some calls of the system fail, never four running."""
     path = tmp_path_factory.getbasetemp() / "stream.gz"
     path.write_bytes(b"".join(gzip.compress(WHOLE[:size]) for size in members) + b"\0" * padding * bool(members))
     expected, at = gzip.decompress(path.read_bytes()) if members else b"", 0
     calls = {call for call in failed if not {call - 1, call - 2, call - 3} <= failed}
-    with patch.object(gunzip, "PIECE_BYTES", piece), failing(calls), Gunzip(path) as stream:
+    with (
+        patch.object(gunzip, "PIECE_BYTES", piece),
+        patch.object(inflate, "_module", lambda: module),
+        failing(calls),
+        Gunzip(path) as stream,
+    ):
         if not members:
             with pytest.raises(EOFError):
                 stream.read(1)
@@ -98,7 +106,11 @@ def test_a_file_that_was_replaced_meanwhile_is_another_stream(tmp_path: Path) ->
             stream.read(len(WHOLE))
 
 
-def test_every_cut_and_every_flipped_byte_is_found(tmp_path: Path) -> None:
+@pytest.mark.parametrize("module", [zlib, inflate._module()])
+def test_every_cut_and_every_flipped_byte_is_found(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inflate, "_module", lambda: module)
     path, packed = tmp_path / "stream.gz", gzip.compress(WHOLE[:60])
     for length in range(len(packed)):
         path.write_bytes(packed[:length])

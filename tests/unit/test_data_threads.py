@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -15,8 +16,9 @@ import zarr
 from meshwright.data.counted import Counted
 from meshwright.data.formats import open_array
 from meshwright.data.mni import open_mni
-from meshwright.data.source import ReadStats, VolumeSource
+from meshwright.data.source import IMAGE, Kept, Part, ReadStats, VolumeSource, read_batch
 from meshwright.data.volumes import Pair, Pairs
+from meshwright.errors import DataError
 
 SHAPE, SAMPLES, THREADS, ROUNDS = (12, 20, 18), 4, 8, 6
 BOXES = (
@@ -91,6 +93,47 @@ def test_intensities_are_measured_by_many_threads(files: list[tuple[str, str]]) 
     with ThreadPoolExecutor(THREADS) as pool:
         found = list(pool.map(lambda sample: many.read(sample, BOXES[1]).image, range(SAMPLES)))
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+class Once:
+    """Sample i is i everywhere; counts who reads it, and fails for `bad`."""
+
+    names, classes, fields = tuple("abcd"), ("x", "y"), {"image": IMAGE}
+    spacing_mm = shape = None
+
+    def __init__(self, bad: int | None = None) -> None:
+        self.bad, self.reads = bad, list[tuple[int, str]]()
+
+    def read(self, index: int, spans: object) -> Part:
+        self.reads.append((index, threading.current_thread().name))
+        if index == self.bad:
+            raise DataError(f"sample {index} is damaged")
+        return Part({"image": torch.full((1, 1, 2, 2, 2), float(index))}, ReadStats(read_bytes=index))
+
+
+def test_the_parts_of_a_batch_are_read_by_threads_and_once() -> None:
+    whole = (slice(0, 4), slice(0, 1), *(slice(0, 2),) * 3)
+    for hands in (1, 2, 9):
+        source = Once()
+        kept = Kept(source, hands)  # type: ignore[arg-type]
+        for batch in ((3, 0, 3, 2), (1, 2, 0, 3)):
+            part = read_batch(kept, batch, whole)
+            assert part.image[:, 0, 0, 0, 0].tolist() == list(batch)
+            assert part.stats.read_bytes == sum(batch)
+        assert sorted(index for index, _ in source.reads) == [0, 1, 2, 3]
+        own = [thread for index, thread in source.reads if thread == threading.current_thread().name]
+        assert len(own) == (4 if hands == 1 else 1)  # the second batch lacks one sample: no thread is worth it
+
+
+def test_a_sample_that_no_thread_can_read_is_an_error_of_the_caller() -> None:
+    source = Once(bad=2)
+    kept = Kept(source, 4)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="sample 2 is damaged"):
+        read_batch(kept, (0, 2, 1), (slice(0, 3), slice(0, 1), *(slice(0, 2),) * 3))
+    assert source.reads[-1] == (2, threading.current_thread().name)
+    source.bad = None
+    assert read_batch(kept, (0, 2, 1), (slice(0, 3), slice(0, 1), *(slice(0, 2),) * 3)).image.shape[0] == 3
+    assert sorted(index for index, _ in source.reads) == [0, 1, 2, 2, 2]
 
 
 def test_the_template_is_read_by_two_threads() -> None:

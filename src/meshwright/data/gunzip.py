@@ -8,15 +8,14 @@ the whole stream again, and decodes 8 KiB at a time, which takes half as long ag
 from __future__ import annotations
 
 import os
-import zlib
 from pathlib import Path
 from types import TracebackType
 
+from meshwright.data.inflate import Inflater
 from meshwright.data.retry import retried
 from meshwright.errors import DataError
 
 PIECE_BYTES = 1 << 15  # compressed bytes read at a time: they and what they decode to stay in the processor's cache
-_GZIP = 16 + zlib.MAX_WBITS  # a header, and a checksum that is compared, of RFC 1952
 
 
 class Gunzip:
@@ -30,7 +29,7 @@ class Gunzip:
         self.path = path
         self._file, self._known = -1, (0, 0, 0)
         self._at = self._decoded = 0
-        self._member, self._tail = zlib.decompressobj(_GZIP), b""
+        self._member, self._tail = Inflater(), b""
         retried(self._open, path)
 
     def tell(self) -> int:
@@ -65,10 +64,9 @@ class Gunzip:
                     if not self._tail:
                         return b""
                     continue
-                self._member = zlib.decompressobj(_GZIP)
+                self._member = Inflater()
             fresh = self._tail or self._compressed()
-            data = self._member.decompress(fresh, most)
-            self._tail = self._member.unused_data if self._member.eof else self._member.unconsumed_tail
+            data, self._tail = self._member.decode(fresh, most)
             if data:
                 self._decoded += len(data)
                 return data

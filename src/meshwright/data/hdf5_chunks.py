@@ -1,9 +1,9 @@
 """Chunks of an HDF5 dataset, decoded outside of the HDF5 library.
 
 The library has one lock for all threads of a process and holds it while it decodes, so with it threads read one behind
-the other. Here it is only asked where chunks lie; their bytes are read by position and inflated by zlib, during which
-other threads run. That covers what most files are: chunks as they are, gzip, shuffle. For everything else, and for
-everything unusual on the way, `None` says that the library has to do it, and to say what is wrong.
+the other. Here it is only asked where chunks lie; their bytes are read by position and inflated while other threads
+run. That covers what most files are: chunks as they are, gzip, shuffle. For everything else, and for everything unusual
+on the way, `None` says that the library has to do it, and to say what is wrong.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from meshwright.data.arrays import Array, sizes
+from meshwright.data.inflate import inflated
 
 DEFLATE = 1  # as H5Zpublic.h numbers its filters
 SHUFFLE = 2
@@ -57,7 +58,7 @@ class Chunks:
         nbytes = math.prod(self.chunk) * self.dtype.itemsize
         if DEFLATE in self.filters:
             try:
-                data = zlib.decompress(data, bufsize=nbytes)
+                data = inflated(data, nbytes)
             except zlib.error:
                 return None
         if len(data) != nbytes:

@@ -9,9 +9,12 @@ times are measured while the job runs; the order of what is handed out never dep
 from __future__ import annotations
 
 import math
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from meshwright.cluster.place import find_place
 
 MOST_WORKERS = 8
 SMOOTHING = 0.25  # weight of the newest step in the running means
@@ -22,6 +25,12 @@ def workers_for(read_s: float, step_s: float, most: int = MOST_WORKERS) -> int:
     if step_s <= 0:
         return most
     return max(1, min(most, math.ceil(min(read_s / step_s, float(most))) + 1))
+
+
+def processors() -> int:
+    """How many processors there are for this rank: those of the process, shared with the other ranks of the host."""
+    known = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, known // find_place(os.environ).local_ranks)
 
 
 @dataclass(frozen=True)

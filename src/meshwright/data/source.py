@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -166,6 +167,8 @@ def read_batch(source: VolumeSource, indices: Sequence[int], spans: Sequence[sli
 
     Only the samples inside the first slice are read. Raises `DataError` as the source does.
     """
+    if isinstance(source, Kept):
+        source.fetch(indices[spans[0]], spans[2:])
     parts = [source.read(index, spans[2:]) for index in indices[spans[0]]]
     if not parts:  # more ranks along the sample axis than samples
         _, _, *volume = batch_shape(source, indices)
@@ -206,15 +209,31 @@ class Wrapped:
 
 
 class Kept(Wrapped):
-    """Reads each part once and keeps it in memory: for data of which a rank's share fits. Wraps any source."""
+    """Reads each part once and keeps it in memory: for data of which a rank's share fits. Wraps any source.
 
-    def __init__(self, source: VolumeSource) -> None:
+    `hands` threads read the parts of a batch that are not there yet; more than one only of a source that several
+    threads may read from.
+    """
+
+    def __init__(self, source: VolumeSource, hands: int = 1) -> None:
         super().__init__(source)
+        self._hands = hands
         self._parts: dict[tuple[int, tuple[tuple[int, int], ...]], Part] = {}
+
+    def fetch(self, indices: Sequence[int], spans: Sequence[slice]) -> None:
+        """Read what is missing of one batch. What cannot be read stays missing: `read` tries again, and raises."""
+        missing = {index: key for index in indices if (key := _key(index, spans)) not in self._parts}
+        if self._hands < 2 or len(missing) < 2:
+            return
+        with ThreadPoolExecutor(min(self._hands, len(missing)), "meshwright-read") as threads:
+            found = {key: threads.submit(self._source.read, index, spans) for index, key in missing.items()}
+        for key, part in found.items():
+            if part.exception() is None:
+                self._parts[key] = part.result()
 
     def read(self, index: int, spans: Sequence[slice]) -> Part:
         """As the source does; the second time the same tensors come back, to be read and not written."""
-        key = (index, tuple((span.start, span.stop) for span in spans))
+        key = _key(index, spans)
         if key not in self._parts:
             self._parts[key] = self._source.read(index, spans)
         return self._parts[key]
@@ -223,3 +242,7 @@ class Kept(Wrapped):
     def stats(self) -> ReadStats:
         """The cost of all parts that are kept."""
         return sum((part.stats for part in self._parts.values()), ReadStats())
+
+
+def _key(index: int, spans: Sequence[slice]) -> tuple[int, tuple[tuple[int, int], ...]]:
+    return index, tuple((span.start, span.stop) for span in spans)
