@@ -73,6 +73,8 @@ CASES = [
     pool("max", "k3_s2_p1", 3, 3, stride=2, padding=1, sample=True),
     pool("max", "k3_s1_p1", 3, 3, stride=1, padding=1),
     pool("max", "k2_ceil", 3, 2, ceil_mode=True),
+    pool("avg", "k2_s1_p1", 2, 2, stride=1, padding=1),  # a whole dim that grows
+    pool("avg", "k2_s1_p1", 3, 2, stride=1, padding=1),
     pool("avg", "k3_s2_p1", 1, 3, stride=2, padding=1),
     pool("avg", "k2", 2, 2),
     pool("avg", "k3_s2_p1", 2, 3, stride=2, padding=1, sample=True),
@@ -108,6 +110,9 @@ CASES = [
     resize("nearest_2", 1, "nearest", scaled(1, 2), scale_factor=2),
     resize("nearest_size", 2, "nearest", (17, 20), size=(17, 20)),
     resize("nearest_half", 2, "nearest", scaled(2, 0.5), scale_factor=0.5),
+    resize(
+        "nearest_kept", 2, "nearest", scaled(2, 1.07), scale_factor=1.07
+    ),  # the size stays: torch forgets the factor
     resize("nearest_exact_size", 2, "nearest-exact", (17, 8), size=(17, 8)),
     resize("nearest_2", 3, "nearest", scaled(3, 2), scale_factor=2, sample=True),
     resize("linear_2", 1, "linear", scaled(1, 2), scale_factor=2),

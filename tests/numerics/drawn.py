@@ -78,8 +78,8 @@ def _convolution(shape: Shape, o: Options) -> Made:
     )
     if mode == "zeros":
         return make, Bound((conv(ndim, k, s, p, d),))
-    pads = tuple(padded(2 + i, w, w, mode) for i, w in enumerate(p))  # the padded tensor has chunks of its own
-    return make, Bound((*pads, conv(ndim, k, s, 0, d)))
+    pads = [padded(2 + i, w, w, mode) for i, w in enumerate(p)]  # the padded tensor has chunks of its own
+    return make, Bound((*reversed(pads), conv(ndim, k, s, 0, d)))  # the last dim is padded first, as `F.pad` counts
 
 
 def _transposed(shape: Shape, o: Options) -> Made:

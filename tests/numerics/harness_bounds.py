@@ -238,7 +238,7 @@ def resampled(mode: str, sizes: Sequence[int], scales: Sequence[float | None], a
         found: set[int] = set()
         ratio = 1.0 / scale if scale else n / m
         for o in out:
-            if n == m and mode != "nearest-exact":
+            if n == m and mode != "nearest-exact" and (mode == "linear" or not scale or len(sizes) == 2):
                 found.add(o)
             elif mode == "linear":
                 at = o * (n - 1) / max(1, m - 1) if align else max((o + 0.5) * ratio - 0.5, 0.0)

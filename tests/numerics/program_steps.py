@@ -155,10 +155,23 @@ add(
     lambda r, s: {"n": draw_space(s), "out": draw_sizes(r, draw_space(s), 1, 5)},
     lambda a: ADAPTIVE["avg", a["n"]](a["out"]),
 )
-add("batch_norm", lambda y, a, m, e: m(y), draw_channels, lambda a: used(BATCH[a["n"]](a["channels"])), 3)
+
+
+def in_one_order(y: Tensor, a: Arguments, m: Any, e: Sequence[Tensor]) -> Tensor:
+    """On one device the gradient in the memory order of the input: torch 2.13.0 (CPU) reads one of the two in the
+    other's order, and gives wrong gradients, where they differ."""
+    if type(y) is not Tensor:
+        return m(y)
+    out = m(y.contiguous())
+    if out.requires_grad:
+        out.register_hook(lambda grad: grad.contiguous())
+    return out
+
+
+add("batch_norm", in_one_order, draw_channels, lambda a: used(BATCH[a["n"]](a["channels"])), 3)
 add(
     "instance_norm",
-    lambda y, a, m, e: m(y),
+    in_one_order,
     draw_channels,
     lambda a: used(INSTANCE[a["n"]](a["channels"], affine=True)),
 )

@@ -100,6 +100,10 @@ def layer() -> str:
     return where.stack[-1][1] if where.stack else OUTSIDE
 
 
+# Of tensors that no module made: their gathers are told all the same.
+nobody = Ledger()
+
+
 def sent(ledger: Ledger | None, place: tuple[str, str], nbytes: int, messages: int) -> None:
     """Count an exchange of `nbytes` in `messages` for `place` = (layer, op)."""
     totals.sent_bytes += nbytes

@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.errors import StrictError, UnsupportedError
-from meshwright.parallel.account import layer, totals
+from meshwright.parallel.account import layer, nobody, totals
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.redistribute import from_local, redistribute
@@ -81,8 +81,7 @@ def gathered(x: Any, dims: Sequence[int], op: str) -> Any:
     whole = made_whole(x, hit, cause)
     nbytes = totals.sent_bytes - before
     totals.gathered_bytes += nbytes
-    if cause.ledger is not None:
-        cause.ledger.gathered(*cause.place, nbytes)
+    (cause.ledger or nobody).gathered(*cause.place, nbytes)
     return whole
 
 

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Shard
 
 from meshwright.errors import StrictError, UnsupportedError
-from meshwright.parallel.account import layer, totals
+from meshwright.parallel.account import layer, nobody, totals
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.copies import check_writable, remember, set_runner, written
 from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
@@ -255,8 +255,7 @@ def fallback(func: Any, args: Any, kwargs: Any) -> Any:
     if split:
         nbytes = totals.sent_bytes - before
         totals.gathered_bytes += nbytes
-        if ledger is not None:
-            ledger.gathered(layer(), name, nbytes)
+        (ledger or nobody).gathered(layer(), name, nbytes)
     out = func(*local_args, **local_kwargs)
     if mutable(func):
         return args[0] if isinstance(out, torch.Tensor) else out

@@ -196,7 +196,8 @@ def wrap(
         MeshTensor, meta.shape, strides=meta.stride, dtype=meta.dtype, device=local.device, requires_grad=False
     )
     out._local_tensor, out._spec = local, spec
-    out._ledger = ledger
+    # what a module makes carries its record into backward, when the module no longer runs
+    out._ledger = where.stack[-1][0] if ledger is None and where.stack else ledger
     if frozen_view:
         out._frozen_view = True
     return out

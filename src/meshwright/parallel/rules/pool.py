@@ -214,7 +214,8 @@ def avg_pool(
     if far and near and local.dtype in (torch.float32, torch.float64):
         # Sums over boxes are sums over lines: first where no other rank is needed, then less is left to send and lay
         # together. Halves would round in between.
-        for stage, override in ((near, 1 if divisor_override else None), (far, divisor_override)):
+        rest = [i for i in range(n) if i not in near]
+        for stage, override in ((near, 1 if divisor_override else None), (rest, divisor_override)):
             there = [(grid.k, grid.s, grid.p) if i in stage else (1, 1, 0) for i, grid in enumerate(grids)]
             k, s, p = (list(values) for values in zip(*there, strict=True))
             input = avg_pool(n, input, k, s, p, ceil_mode, count_include_pad, override)

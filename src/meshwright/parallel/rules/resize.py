@@ -50,6 +50,7 @@ class Sampling:
     scale: float | None
     align_corners: bool
     double: bool  # coordinates in fp64, as torch computes them for fp64 input; else in fp32
+    dims: int  # of space: torch 2.13.0 leaves a dim of unchanged size alone in 2-D, whatever the factor, else not
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,10 @@ def _taps(s: Sampling) -> Taps:
     """The taps of all outputs (torch, aten/src/ATen/native/UpSample.h)."""
     dtype = torch.float64 if s.double else torch.float32
     if s.mode != "linear":  # torch's own choice of the nearest, asked of a ramp
-        ramp = torch.arange(s.size, dtype=torch.float64 if s.double or s.size > 2**24 else dtype).view(1, 1, -1)
-        low = _PLAIN[s.mode, 1](ramp, [s.out], s.scale).view(-1).long()
+        ramp = torch.arange(s.size, dtype=torch.float64 if s.double or s.size > 2**24 else dtype)
+        ones = [1] * (s.dims - 1)
+        low = _PLAIN[s.mode, s.dims](ramp.view(1, 1, -1, *ones), [s.out, *ones], s.scale, *(None for _ in ones))
+        low = low.view(-1).long()
         high, weight = low, torch.zeros(s.out, dtype=dtype)
     elif s.size == s.out:
         low = high = torch.arange(s.size)
@@ -138,7 +141,7 @@ def _resample(local: torch.Tensor, s: Sampling, window: Interval, line: Line) ->
 @lru_cache(maxsize=1024)
 def _nearest(s: Sampling, size: int, out: int) -> tuple[int, ...]:
     """The positions that the plain operator picks on a window of `size`."""
-    taps = _taps(Sampling(s.mode, size, out, None, False, s.double))
+    taps = _taps(Sampling(s.mode, size, out, None, False, s.double, s.dims))
     return tuple(taps.used[at] for at in taps.low)
 
 
@@ -214,7 +217,7 @@ def _local(
         rests.append(_Rest(out, factor, 0, out))
         line = space.line(i + 2)
         if line is not None:
-            sampling = Sampling(kind, space.shape[i + 2], out, factor, aligned, dtype == torch.float64)
+            sampling = Sampling(kind, space.shape[i + 2], out, factor, aligned, dtype == torch.float64, len(sizes))
             local, window = _window(local, sampling, _taps(sampling), line)
             cuts.append((i, sampling, window, line))
     target = space.local_shape((*space.shape[:2], *sizes))

@@ -15,6 +15,7 @@ from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_reduce
+from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.rules.reduce import merge_moments
 
 
@@ -60,6 +61,9 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
 def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """The sums of `g` and of `g * centred` over `dims` (kept), stacked, in fp64."""
     if _per_channel(g, dims):
+        # torch 2.13.0 reads one of the two in the other's memory order where these differ (CPU)
+        order = memory_format(centred)
+        g, centred = g.contiguous(memory_format=order), centred.contiguous(memory_format=order)
         zero, one = g.new_zeros(g.shape[1]), g.new_ones(g.shape[1])
         _, product, total = torch.ops.aten.native_batch_norm_backward(
             g, centred, None, zero, one, None, None, False, 0.0, [False, True, True]
