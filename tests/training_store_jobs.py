@@ -14,8 +14,11 @@ import torch.distributed as dist
 
 from meshwright.config import Config
 from meshwright.data.counted import Counted
+from meshwright.data.folder import find_pairs
+from meshwright.data.foreground import Boxes, Foreground
 from meshwright.data.source import Part
 from meshwright.data.store import Store
+from meshwright.data.volumes import make_pairs
 from meshwright.errors import DataError
 from meshwright.train import feed, loop
 
@@ -56,6 +59,11 @@ def train_while_files_break(settings: Config, run: str, number: int, breaks_at: 
     with patch.object(Counted, "read", breaking):
         found = train_within(settings, run)
     return {**found, "reads": calls[0]}
+
+
+def foreground_found(folder: str) -> Boxes:
+    """The boxes of the first pair, which one of the ranks looks for."""
+    return Foreground(make_pairs(find_pairs(folder), ("0", "1", "2"))).boxes(0)
 
 
 def files_in(run: Path) -> list[str]:

@@ -101,6 +101,7 @@ class AugmentConfig:
     scale: float = 0.1
     shift: float = 0.1
     patch: tuple[int, ...] | None = None  # train on random patches of this size (D, H, W); validation stays whole
+    patch_foreground: float = 0.0  # the share of patches around a labelled voxel; the others lie anywhere
     permute: tuple[str, ...] = ()  # these dims, of one size, in any order
     rotate90: tuple[str, ...] = ()  # quarter turns in the plane of two of these dims, of one size
     roll: tuple[str, ...] = ()  # by any number of voxels along these dims

@@ -27,9 +27,13 @@ class Counted(Wrapped):
         except DataError as error:
             self._failed[index] = error
             raise
-        with self._lock:
-            self._since += part.stats
+        self.add(part.stats)
         return part
+
+    def add(self, stats: ReadStats) -> None:
+        """Count what was read beside the parts."""
+        with self._lock:
+            self._since += stats
 
     def blamed(self, error: BaseException | None) -> int:
         """The sample that could not be read, if `error` or what caused it says just this; else -1."""

@@ -20,11 +20,12 @@ from meshwright.data import augment
 from meshwright.data.augmented import Augmented
 from meshwright.data.counted import Counted
 from meshwright.data.folder import find_pairs
+from meshwright.data.foreground import Foreground
 from meshwright.data.hdf5_mpi import through_mpi
 from meshwright.data.mni import open_mni
+from meshwright.data.prefetch import processors
 from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
-from meshwright.data.prefetch import processors
 from meshwright.data.source import Kept, ReadStats, VolumeSource, batch_shape, read_batch
 from meshwright.data.transforms import Compose
 from meshwright.data.volumes import Pairs, hold_out, make_pairs, of_one_size, open_pairs
@@ -63,6 +64,7 @@ class Job:
     split: bool = True
     reads: Counted | None = None  # what `train` reads from
     held_reads: Counted | None = None  # what `validation` reads from
+    foreground: Foreground | None = None  # of what `train` reads
     reading: dict[int, ReadStats] = field(
         default_factory=dict
     )  # by epoch, from 1; epochs that read nothing are left out
@@ -141,9 +143,11 @@ def settled(config: Config, train: VolumeSource) -> Config:
 
 def recipe(config: Config) -> Recipe:
     """What is drawn for each sample; flip, scale and shift are drawn for a step. Raises `ConfigError`."""
-    drawn = asdict(config.augment)
-    for name in ("flip", "scale", "shift"):
+    drawn, share = asdict(config.augment), config.augment.patch_foreground
+    for name in ("flip", "scale", "shift", "patch_foreground"):
         del drawn[name]
+    if not 0 <= share <= 1 or (share and config.augment.patch is None):
+        raise ConfigError(f"augment.patch_foreground = {share}: a share from 0 to 1 of the patches, augment.patch")
     low_high = drawn.pop("gamma_range")
     if len(low_high) != 2:
         raise ConfigError(f"augment.gamma_range = {list(low_high)}: two numbers are needed, low and high")
@@ -207,7 +211,10 @@ def build(
     held = Counted(validation)
     # within a budget each validation reads anew, for what it kept would come on top
     kept = Kept(reads, processors()), held if config.data.memory_mib is not None else Kept(held)
-    job = Job(config, plan, rank, device, *kept, model, optimizer, split, reads, held, bad=tuple(bad), begin=begin)
+    boxes = Foreground(train, reads.add)
+    job = Job(
+        config, plan, rank, device, *kept, model, optimizer, split, reads, held, boxes, bad=tuple(bad), begin=begin
+    )
     return job, checkpoint
 
 
@@ -237,8 +244,10 @@ def _training_batch(job: Job, step: int, source: VolumeSource) -> Batch:
 
 def drawn(job: Job, position: int, sample: int) -> Compose:
     """What is drawn for a training sample at `position` in the order of samples."""
-    train, config = job.train, job.config
-    return recipe(config).draw(config.seed, position, train.shape(sample), spacing_mm=train.spacing_mm(sample))
+    train, config, share = job.train, job.config, job.config.augment.patch_foreground
+    boxes = job.foreground.boxes(sample) if share and job.foreground is not None else ()
+    shape, spacing_mm = train.shape(sample), train.spacing_mm(sample)
+    return recipe(config).draw(config.seed, position, shape, boxes, share, spacing_mm)
 
 
 def augmented(job: Job, step: int, batch: Batch) -> Batch:
