@@ -33,6 +33,7 @@ RUN_ELSEWHERE = {
     ".ci/run": "calls ./scripts/test",
     "python benchmarks/": "minutes; run by hand for the figures of the README",
     "examples/cosmoflow/run": "the study: minutes to an hour; tests/cosmoflow_study run it at small size",
+    "examples/unet/run": "minutes; tests/unet read its arguments and what it makes of them",
     "python examples/": "seconds to minutes; the tests of the example read its arguments and run it at small size",
 }
 LIMIT_S = 240
