@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -13,7 +14,7 @@ from meshwright import config
 from meshwright.cluster.launch import launch
 from meshwright.data.fields import open_fields
 from meshwright.data.formats import open_array
-from meshwright.data.hdf5_mpi import MpiDataset, through_mpi
+from meshwright.data.hdf5_mpi import MpiDataset, communicator, through_mpi
 from meshwright.errors import DataError
 from meshwright.train.job import sources
 from training_jobs import job, losses, train
@@ -71,6 +72,15 @@ def test_only_hdf5_goes_through_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert through_mpi(plain) is plain
     assert isinstance(mpi, MpiDataset)
     assert (mpi.name, mpi.shape, mpi.chunks) == (f"{tmp_path}/a.h5::plain", SHAPE, None)
+
+
+def test_ranks_that_mpi_has_started_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "meshwright.data.hdf5_mpi.h5py", lambda: SimpleNamespace(get_config=lambda: SimpleNamespace(mpi=True))
+    )
+    monkeypatch.setenv("PMIX_RANK", "0")
+    with pytest.raises(DataError, match=r"these ranks were started by MPI \(PMIX_RANK is set\)"):
+        communicator()
 
 
 @pytest.mark.skipif(h5py.get_config().mpi, reason="h5py is built with MPI")

@@ -7,6 +7,7 @@ ahead of the computation, so nothing here may be collective. What MPI-IO brings 
 
 from __future__ import annotations
 
+import os
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,6 +17,8 @@ from meshwright.data.hdf5 import ChunkedDataset, h5py, opened
 from meshwright.data.raw import RawArray
 from meshwright.data.views import Channels, Sample
 from meshwright.errors import DataError
+
+_COLLECTIVE = ("OMPI_COMM_WORLD_SIZE", "PMIX_RANK", "PMI_RANK")  # what mpirun and srun tell their ranks
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,13 @@ def communicator() -> Any:
             "data.hdf5_driver = mpio: this h5py is built without MPI (h5py.get_config().mpi is False); install mpi4py, "
             "and h5py from source with HDF5_MPI=ON against an HDF5 built with MPI, or leave data.hdf5_driver = "
             "independent"
+        )
+    launched = next((name for name in _COLLECTIVE if name in os.environ), None)
+    if launched is not None:
+        raise DataError(
+            f"data.hdf5_driver = mpio: these ranks were started by MPI ({launched} is set), which begins and ends "
+            "together on all of them, while data are read at times of their own; start them by torchrun or "
+            "meshwright itself, or leave data.hdf5_driver = independent"
         )
     try:
         from mpi4py import MPI
