@@ -161,8 +161,7 @@ class Pipeline:
     def _admit(self, number: int) -> None:
         step, error, fits = self._planned, None, False
         try:
-            if step is None:
-                step = self._delivery.step(number)
+            step = step or self._delivery.step(number)
             under_way, budget = self._bytes_with(step), self._cache.budget_bytes
             with self._lock:
                 fits = under_way <= self._limit(number)
@@ -242,9 +241,8 @@ class Pipeline:
         return True
 
     def _is_conductable(self, number: int) -> bool:
-        if number not in self._steps or self._steps[number].missing:
-            return False
-        return self._exchange is None or number <= self._asked + EXCHANGE_AHEAD
+        there = number in self._steps and not self._steps[number].missing
+        return there and (self._exchange is None or number <= self._asked + EXCHANGE_AHEAD)
 
     def _finish(self, number: int, step: Step) -> None:
         """Exchange what the step needs, put its batch together, and have it ready."""
@@ -266,10 +264,10 @@ class Pipeline:
             self._read_s += step.read_s
             self._pace.saw_read(step.read_s)
             del self._steps[number]
-            if result is not None:
-                self._ready[number] = result
-            else:
+            if result is None:
                 self._errors[number] = step.error or DataError(f"step {number} has no batch")
+            else:
+                self._ready[number] = result
             self._given.notify()
             self._work_there.notify()
 
@@ -278,8 +276,7 @@ class Pipeline:
         if self._exchange is None:
             return
         end = self._asked + EXCHANGE_AHEAD + 1
-        errors = [self._errors[number] for number in sorted(self._errors)]
-        words = str(self._fatal or (errors[0] if errors else "it stopped early"))
+        words = str(self._fatal or (self._errors[min(self._errors)] if self._errors else "it stopped early"))
         try:
             for number in range(self._conducted, end if self._last is None else min(end, self._last)):
                 step = self._steps.get(number) or self._delivery.step(number)
@@ -298,7 +295,6 @@ class Pipeline:
             self._exchange.hang_up()
             self._exchange = None
         with self._lock:
-            self._ready.clear()
-            self._steps.clear()
-            self._tasks.clear()
+            for held in (self._ready, self._steps, self._tasks):
+                held.clear()
         return read and conducted
