@@ -72,7 +72,7 @@ def errors(
     if broken:
         words = "BROKEN: " + "; ".join(f"{law.text} ({law.difference})" for law in broken)
     drawing.suptitle(note, fontsize=8.5, color=SOFT, y=1.0)
-    drawing.text(0.01, -0.03, words, fontsize=9, color=BAD if broken else INK, wrap=True)
+    drawing.text(0.01, 0.0, words, fontsize=9, color=BAD if broken else INK, wrap=True, va="top")
     drawing.tight_layout()
     drawing.savefig(path)
     plot.close(drawing)

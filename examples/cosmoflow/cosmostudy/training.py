@@ -55,7 +55,7 @@ class Training:
 
 def trainings(study: Study) -> list[Training]:
     """All of a study, seed by seed, so that one that is cut short has every size; most without batch norm come last."""
-    normed = [[Training(size, seed) for size in study.sizes] for seed in study.seeds]
+    normed = [[Training(size, seed) for size in reversed(study.sizes)] for seed in study.seeds]
     plain = [Training(study.plain, seed, False) for seed in study.seeds] if study.plain is not None else []
     return [*normed[0], *plain[:1], *(one for each in normed[1:] for one in each), *plain[1:]]
 
