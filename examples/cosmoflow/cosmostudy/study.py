@@ -91,6 +91,7 @@ def scale(study: Study, universes: str, out: Path) -> Scale:
 def train(study: Study, out: Path, universes: str, ranks_started: int | None = None) -> int:
     """Do the trainings that are not done; returns the signal that stopped them, or 0. Raises `RankError`."""
     todo, scaled = trainings(study), scale(study, universes, out)
+    rundir.write_json(out / "machine.json", describe())
     start_s, done = time.monotonic(), 0
     left = [one for one in todo if not (out / TRAININGS / one.name / RESULT).exists()]
     for number, one in enumerate(todo, 1):
@@ -110,7 +111,6 @@ def train(study: Study, out: Path, universes: str, ranks_started: int | None = N
         errors = ", ".join(f"{error:.3f}" for error in summary["error"])
         rest = clock(spent_s / done * (len(left) - done))
         print(f"{about}: done, held-out errors {errors}; the study needs about {rest} more", flush=True)
-    rundir.write_json(out / "machine.json", describe())
     return 0
 
 
