@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,7 @@ def test_what_is_drawn_knows_the_size_of_voxels(
     seen, draw = list[object](), Recipe.draw
 
     def noted(self: Recipe, *given: Any, **named: Any) -> Compose:
-        seen.append(named["spacing_mm"])
+        seen.append(inspect.signature(draw).bind(self, *given, **named).arguments["spacing_mm"])
         return draw(self, *given, **named)
 
     monkeypatch.setattr(Recipe, "draw", noted)
