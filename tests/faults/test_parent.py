@@ -18,12 +18,22 @@ END_S = 10.0
 SCRIPT = Path(__file__).with_name("fault_jobs.py")
 
 
+def heed_ctrl_c() -> None:
+    """Tests that a shell has put in the background ignore SIGINT, and what they start would inherit that."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @contextmanager
 def running(job: str) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
     """The script with two ranks at work, in a session of its own, and every process below it."""
     command = [sys.executable, str(SCRIPT), job]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        preexec_fn=heed_ctrl_c,
     )
     below: list[psutil.Process] = []
     try:
