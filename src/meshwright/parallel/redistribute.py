@@ -17,7 +17,6 @@ from torch.distributed.tensor import Partial, Shard
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
-from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.mesh import coordinates, sizes
 from meshwright.parallel.tensor import MeshTensor, fresh, is_mesh, wrap
@@ -181,7 +180,7 @@ class _FromLocal(Function):
         shape: tuple[int, ...],
         ledger: Ledger | None,
     ) -> MeshTensor:
-        ctx.mesh, ctx.placements, ctx.order = mesh, placements, memory_format(local)
+        ctx.mesh, ctx.placements = mesh, placements
         ctx.cause = Cause(ledger, (layer(), "gradient"))
         ctx.save_for_backward(_mark)
         return wrap(same(local), mesh, placements, shape, ledger)
@@ -192,12 +191,8 @@ class _FromLocal(Function):
         target = tuple(REPLICATE if isinstance(p, Partial) else p for p in ctx.placements)
         grad = redistribute(_meshed(grad, ctx.mesh), target, ctx.cause)
         if _is_plain_backward() and not grad._frozen_view and not partial_axes(tuple(grad._spec.placements)):
-            local = same(grad._local_tensor)
-        else:
-            local = to_local(grad, partial_axes(ctx.placements))
-        # As the result lay in memory: the gradient of torch's batch norm (2.13.0, CPU) is wrong in another order, and
-        # a part may be so thin that the order of a permuted gradient is another one there alone.
-        return local.contiguous(memory_format=ctx.order), None, None, None, None
+            return same(grad._local_tensor), None, None, None, None
+        return to_local(grad, partial_axes(ctx.placements)), None, None, None, None
 
 
 def from_local(
