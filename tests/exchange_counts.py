@@ -134,9 +134,9 @@ def counted(step: Step, parts: Sequence[int], batch: int = 1) -> list[Count]:
     results = []
     for place in places(parts):
         extent = [owners[dim].count(place[dim]) for dim in range(len(parts))]
-        if step.kind == "avg_pool":  # dims that need no other rank are pooled before anything is sent
+        if step.kind == "avg_pool":  # dims that need no other rank are pooled before anything is sent, unless they grow
             for dim, p in enumerate(parts):
-                if not pieces[dim]:
+                if not pieces[dim] and step.outputs(dim) <= step.space[dim]:
                     extent[dim] = _owner(step.outputs(dim), p).count(place[dim])
         out = Count()
         for dim in step.order():
