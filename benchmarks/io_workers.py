@@ -79,6 +79,17 @@ def _timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - begin_s
 
 
+def _in_turn(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each way, round by round, after one round that does not count."""
+    seconds: dict[str, list[float]] = {way: [] for way in ways}
+    for turn in range(-1, rounds):
+        for way, work in ways.items():
+            taken_s = _timed(work)
+            if turn >= 0:
+                seconds[way].append(taken_s)
+    return seconds
+
+
 def decoding(folder: str, rounds: int) -> dict[str, float]:
     print(f"\nworkers, decoding: {COUNT} samples, page cache warm, {rounds} rounds; ms a sample, and how much faster")
     print(
@@ -98,12 +109,7 @@ def decoding(folder: str, rounds: int) -> dict[str, float]:
             }
             if kind == "HDF5 gzip":
                 ways["library"] = lambda files=files: list(threads.map(_by_library, files))
-            seconds: dict[str, list[float]] = {way: [] for way in ways}
-            for turn in range(-1, rounds):
-                for way, work in ways.items():
-                    taken_s = _timed(work)
-                    if turn >= 0:
-                        seconds[way].append(taken_s)
+            seconds = _in_turn(ways, rounds)
             cells = f"{1e3 * sorted(seconds['one'])[rounds // 2] / COUNT:10.2f}"
             compared = {"threads": ("one", "threads", 24), "processes": ("threads", "processes", 28)}
             compared |= {"library": ("one", "library", 28)} if "library" in ways else {}
@@ -170,12 +176,7 @@ def hiding(folder: str, rounds: int) -> dict[str, float]:
             "one": lambda ahead=ahead: ahead(1),
             "tuned": lambda ahead=ahead: ahead(None),
         }
-        seconds: dict[str, list[float]] = {way: [] for way in ways}
-        for turn in range(-1, rounds):
-            for way, work in ways.items():
-                taken_s = _timed(work)
-                if turn >= 0:
-                    seconds[way].append(taken_s)
+        seconds = _in_turn(ways, rounds)
         cells = ""
         for way, width in (("own", 28), ("one", 24), ("tuned", 24)):
             middle, low, high = ratio(seconds[way], seconds["resident"])
