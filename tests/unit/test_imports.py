@@ -16,6 +16,7 @@ SOURCE = Path(meshwright.__file__).parent
 # A room may import itself and any room of an earlier row. `models` know nothing of the rest.
 ROWS = [
     ["errors", "models"],
+    ["strict"],
     ["config"],
     ["cluster", "graph"],
     ["plan"],
