@@ -11,7 +11,8 @@ from meshwright.checkpoint import read
 from meshwright.config import Config
 from meshwright.plan.plan import Plan
 from meshwright.train import state
-from meshwright.train.job import batch_size, build, training_batch
+from meshwright.train.batches import training_batch
+from meshwright.train.job import batch_size, build
 from meshwright.train.plans import resolve_plan
 
 Batches = list[tuple[str, str, tuple[int, ...]]]

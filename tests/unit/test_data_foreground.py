@@ -24,7 +24,8 @@ from meshwright.data.source import ReadStats, VolumeSource, Wrapped
 from meshwright.data.volumes import make_pairs
 from meshwright.errors import ConfigError
 from meshwright.plan.plan import Plan
-from meshwright.train.job import build, recipe, training_batch
+from meshwright.train.batches import training_batch
+from meshwright.train.job import build, recipe
 from training_jobs import job, losses, train
 from training_store_jobs import foreground_found
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from meshwright.config import Config
 from meshwright.plan.plan import Plan
 from meshwright.train import state
-from meshwright.train.job import Job, batch_size, build, training_batch
+from meshwright.train.batches import training_batch
+from meshwright.train.job import Job, batch_size, build
 from meshwright.train.loop import deterministic
 from meshwright.train.plans import resolve_plan
 from meshwright.train.step import optimise

@@ -18,7 +18,8 @@ from meshwright.data.source import IMAGE_BYTES, LABEL_BYTES, ReadStats
 from meshwright.data.store import Store
 from meshwright.data.transforms import Transform
 from meshwright.errors import ConfigError
-from meshwright.train.job import Batch, Job, augmented, batch_size, drawn, placed, recipe, training_batch
+from meshwright.train.batches import Batch, augmented, drawn, placed, training_batch
+from meshwright.train.job import Job, batch_size, recipe
 from meshwright.train.skipping import agreed
 
 MIB = 1 << 20

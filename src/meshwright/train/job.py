@@ -1,23 +1,20 @@
-"""What a rank trains: the sources, the model under the plan, the optimiser; and one batch of it."""
+"""What a rank trains: the sources, the model under the plan, the optimiser."""
 
 from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from meshwright.checkpoint import read
 from meshwright.checkpoint.format import Checkpoint
 from meshwright.cluster import agree
 from meshwright.config import Config
-from meshwright.data import augment
-from meshwright.data.augmented import Augmented
 from meshwright.data.counted import Counted
 from meshwright.data.folder import find_pairs
 from meshwright.data.foreground import Foreground
@@ -26,27 +23,15 @@ from meshwright.data.mni import open_mni
 from meshwright.data.prefetch import processors
 from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
-from meshwright.data.source import Kept, ReadStats, VolumeSource, batch_shape, read_batch
-from meshwright.data.transforms import Compose
+from meshwright.data.source import Kept, ReadStats, VolumeSource
 from meshwright.data.volumes import Pairs, hold_out, make_pairs, of_one_size, open_pairs
 from meshwright.errors import ConfigError, PlanError
 from meshwright.models.small_unet import SmallUNet
 from meshwright.models.unet3d import UNet3D
-from meshwright.parallel.apply import from_local, parallelize
+from meshwright.parallel.apply import parallelize
 from meshwright.parallel.mesh import default_device
-from meshwright.plan.plan import Plan, interval
+from meshwright.plan.plan import Plan
 from meshwright.train import optim, precision, state
-from meshwright.train.skipping import agreed, replaced
-
-_DTYPE = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 means autocast
-
-
-@dataclass(frozen=True)
-class Batch:
-    """image [N, C, D, H, W] and label [N, D, H, W] (int64), split as the plan says."""
-
-    image: Tensor
-    label: Tensor
 
 
 @dataclass(frozen=True)
@@ -172,7 +157,7 @@ def make_model(config: Config, classes: int, channels: int = 1) -> nn.Module:
             network = SmallUNet(channels, classes, model.base or 8, model.levels, model.norm)
         else:
             network = UNet3D(channels, classes, model.base or 32)
-    return network.to(_DTYPE[config.train.precision]).to(memory_format=memory)  # type: ignore[call-overload]
+    return network.to(precision.DTYPE[config.train.precision]).to(memory_format=memory)  # type: ignore[call-overload]
 
 
 def build(
@@ -218,78 +203,9 @@ def build(
     return job, checkpoint
 
 
-def training_batch(job: Job, step: int, source: VolumeSource | None = None) -> Batch:
-    """The augmented batch of `step` (from 1): a function of seed, step and samples seen, whatever the plan.
-
-    It is read from `source` (None: `job.train`, which keeps what it has read). Collective with `data.on_bad` = skip.
-    """
-    source = job.train if source is None else source
-    if job.reads is None or job.config.data.on_bad == "stop":
-        return _training_batch(job, step, source)
-    while (batch := agreed(job.reads, lambda: _training_batch(job, step, source), together=job.split)) is None:
-        pass
-    return batch
-
-
-def _training_batch(job: Job, step: int, source: VolumeSource) -> Batch:
-    config, at = job.config, job.at(step)
-    indices: Sequence[int] = at.batch(batch_size(config, job.plan))
-    if job.reads is not None:
-        indices = replaced(indices, job.reads)
-    if not recipe(config).is_nothing:
-        transforms = [drawn(job, position, sample) for position, sample in enumerate(indices, at.seen)]
-        source, indices = Augmented(source, indices, transforms, job.reads), range(len(indices))
-    return augmented(job, step, load(job, source, indices))
-
-
-def drawn(job: Job, position: int, sample: int) -> Compose:
-    """What is drawn for a training sample at `position` in the order of samples."""
-    train, config, share = job.train, job.config, job.config.augment.patch_foreground
-    boxes = job.foreground.boxes(sample) if share and job.foreground is not None else ()
-    shape, spacing_mm = train.shape(sample), train.spacing_mm(sample)
-    return recipe(config).draw(config.seed, position, shape, boxes, share, spacing_mm)
-
-
-def augmented(job: Job, step: int, batch: Batch) -> Batch:
-    """`batch` with what is drawn for a step: flip, scale and shift."""
-    config = job.config
-    flip = config.augment.flip
-    if flip is None:  # the template has no label that knows a side; the labels of others may
-        flip = () if is_folder(config) else ("depth", "height")
-    ranges = augment.Augmentation(flip, config.augment.scale, config.augment.shift)
-    return Batch(*augment.apply(augment.draw(ranges, config.seed, step), batch.image, batch.label))
-
-
 def note_reading(job: Job, step: int) -> None:
     """Add what has been read since the last call to the epoch in which `step` begins."""
     spent = job.reads.take() if job.reads is not None else ReadStats()
     if spent != ReadStats():
         epoch = job.at(step).epoch + 1
         job.reading[epoch] = job.reading.get(epoch, ReadStats()) + spent
-
-
-def held_out(job: Job, index: int) -> Batch | None:
-    """Held-out sample `index`; None if it cannot be read and such samples are to be left out. Collective then."""
-    if job.held_reads is None or job.config.data.on_bad == "stop":
-        return load(job, job.validation, [index])
-    if index in job.held_reads.left_out:
-        return None
-    return agreed(job.held_reads, lambda: load(job, job.validation, [index]), together=job.split)
-
-
-def load(job: Job, source: VolumeSource, indices: Sequence[int]) -> Batch:
-    """Samples `indices` of `source`: this rank reads its part of them, and the two tensors stand for the whole."""
-    shape = batch_shape(source, indices)
-    part = read_batch(source, indices, interval(shape, job.plan, job.rank))
-    return placed(job, part.image, part.label, shape)
-
-
-def placed(job: Job, image: Tensor, label: Tensor, shape: tuple[int, ...]) -> Batch:
-    """This rank's part of a batch of `shape` = N, C, D, H, W as the tensors that the model takes."""
-    memory = torch.channels_last_3d if job.config.train.channels_last else torch.contiguous_format
-    image = image.to(job.device, _DTYPE[job.config.train.precision]).contiguous(memory_format=memory)
-    label = label.to(job.device, torch.int64)
-    if not job.split:
-        return Batch(image, label)
-    whole = (shape[0], *shape[2:])
-    return Batch(from_local(image, job.plan, shape), from_local(label, job.plan, whole, layout="NDHW"))

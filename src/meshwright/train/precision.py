@@ -1,4 +1,4 @@
-"""Which arithmetic `train.precision = auto` means on this machine."""
+"""Which arithmetic `train.precision = auto` means on this machine, and in what each one keeps weights."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from meshwright.cluster.machine import describe
 from meshwright.config import Config
 
+DTYPE = {"bf16": torch.float32, "fp32": torch.float32, "fp64": torch.float64}  # of weights; bf16 means autocast
 # Without such instructions bf16 is emulated: measured 15 to 20 × slower than fp32.
 _BF16 = {"avx512-bf16", "amx-bf16", "arm-bf16"}
 

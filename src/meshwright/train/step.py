@@ -13,7 +13,8 @@ from meshwright.config import TrainConfig
 from meshwright.errors import NumericsError
 from meshwright.models.losses import hard_dice, soft_dice
 from meshwright.train import nonfinite, optim
-from meshwright.train.job import Batch, Job
+from meshwright.train.batches import Batch
+from meshwright.train.job import Job
 
 
 @dataclass(frozen=True)

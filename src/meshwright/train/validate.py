@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from meshwright.models.losses import hard_dice
 from meshwright.parallel.tensor import is_mesh
 from meshwright.plan.plan import interval
-from meshwright.train.job import Job, held_out
+from meshwright.train.batches import held_out
+from meshwright.train.job import Job
 from meshwright.train.step import loss_of, predict
 
 _DIRECTIONS = "dhw"
