@@ -110,6 +110,8 @@ class AugmentConfig:
     gamma: float = 0.0  # exponents 1 / (1 + gamma) to 1 + gamma
     gamma_range: tuple[float, ...] = (-4.0, 4.0)  # of intensities, (value - centre) / spread, which gamma keeps
     noise: float = 0.0  # normal, of a standard deviation of 0 to noise
+    # pointwise transforms of MONAI for the image, after what moves voxels and before gamma: {name: …, argument: …}
+    monai: tuple[dict[str, Any], ...] = ()
 
 
 @dataclass(frozen=True)

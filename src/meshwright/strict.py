@@ -47,6 +47,14 @@ def _value(hint: Any, value: object, where: str, key: str) -> Any:
         return _value((lists if isinstance(value, list | tuple) and lists else choices)[0], value, where, key)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(_value(arguments[0], item, where, f"{key}[{index}]") for index, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        for name, item in value.items():
+            if type(name) is not str or not _is_argument(item):
+                raise ConfigError(
+                    f"{where}: {key}: {name!r} = {item!r}; expected a name, and a number, text, true or false, empty, "
+                    "or a list of these"
+                )
+        return {name: tuple(item) if isinstance(item, list) else item for name, item in value.items()}
     if hint is float and type(value) is int:
         return float(value)
     if origin is None and type(value) is hint:
@@ -72,12 +80,18 @@ def _name(kind: type) -> str:
     return _NAMES.get(kind, kind.__name__)
 
 
+def _is_argument(value: object) -> bool:
+    if isinstance(value, list | tuple):
+        return all(_is_argument(item) and not isinstance(item, list | tuple) for item in value)
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 def _expected(hint: Any) -> str:
     if typing.get_origin(hint) is Literal:
         return "one of " + ", ".join(map(str, typing.get_args(hint)))
     if typing.get_origin(hint) is tuple:
         return f"a list, each {_expected(typing.get_args(hint)[0])}"
-    return _name(hint)
+    return _name(typing.get_origin(hint) or hint)
 
 
 def _is_number(text: str) -> bool:

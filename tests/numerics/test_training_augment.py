@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import nibabel
 import numpy as np
 import pytest
+import torch
 
-from augment_jobs import batches, samples
+from augment_jobs import batches, fed, samples
 from meshwright.cluster.launch import launch
 from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
 from meshwright.data.transforms import Compose
 from meshwright.errors import ConfigError, DataError
 from meshwright.plan.plan import Plan
+from meshwright.train.batches import held_out
 from meshwright.train.feed import Feed
 from meshwright.train.job import build, settled, sources
 from training_jobs import job, last, train, write_pairs
@@ -55,6 +58,42 @@ def test_augmented_batches_are_the_same_bits_under_every_plan(
     assert launch(batches, ranks, (settings, 4), threads=1) == [expected] * ranks
     assert len({image for image, _, _ in expected}) == 4
     assert all(shape[2:] == (9, 9, 7) for _, _, shape in expected)
+
+
+MONAI = (
+    "augment.monai=[{name: ScaleIntensityRange, a_min: -3, a_max: 2, b_min: 0.1, b_max: 0.9, clip: true}, "
+    "{name: RandShiftIntensity, offsets: 0.3, prob: 0.6}, {name: RandScaleIntensity, factors: 0.5, prob: 0.6}]"
+)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "plan"),
+    [
+        (2, ("plan.depth=2",)),
+        (2, ("plan.depth=2", "data.memory_mib=1")),
+        (4, ("plan.data=2", "plan.height=2", "train.batch=3")),
+    ],
+)
+def test_transforms_of_monai_are_the_same_bits_under_every_plan(
+    data: list[str], ranks: int, plan: tuple[str, ...]
+) -> None:
+    settings = job(data, MONAI, "augment.elastic=1.5", "augment.elastic_spacing=8", "augment.noise=0.1", *plan)
+    settings = replace(settings, ranks=ranks, train=replace(settings.train, precision="fp32"))
+    expected = batches(replace(settings, data=replace(settings.data, memory_mib=None)), 4, split=False)
+    assert launch(fed, ranks, (settings, 4), threads=1) == [expected] * ranks
+    plain = batches(replace(settings, augment=replace(settings.augment, monai=())), 4, split=False)
+    assert [label for _, label, _ in plain] == [label for _, label, _ in expected]
+    assert not {image for image, _, _ in plain} & {image for image, _, _ in expected}
+
+
+def test_held_out_samples_get_the_fixed_ones_alone(data: list[str]) -> None:
+    plain = build(job(data, "train.precision=fp32"), Plan.uniform(), split=False)[0]
+    scaled = build(job(data, MONAI, "train.precision=fp32"), Plan.uniform(), split=False)[0]
+    before, after = (held_out(ranks, 0) for ranks in (plain, scaled))
+    assert before is not None
+    assert after is not None
+    torch.testing.assert_close(after.image, ((before.image + 3) / 5 * 0.8 + 0.1).clamp(0.1, 0.9))
+    assert torch.equal(after.label, before.label)
 
 
 def test_a_resumed_run_with_another_batch_size_goes_on_in_the_same_order(data: list[str], tmp_path: Path) -> None:

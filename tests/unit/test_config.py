@@ -32,6 +32,7 @@ def test_an_empty_file_is_the_defaults(tmp_path: Path) -> None:
 
 def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
     job = config.load(None, ["optim.lr=3", "data.classes=[a, b]", "ranks=2", "data.intensity=[1, 2.5]"])
+    job = config.override(job, "augment.monai=[{name: A, b: [1, 2.5], c: null}, {name: D, e: true}]")
     assert config.load(written(tmp_path, job.yaml())) == job
     # nothing is left to the defaults of a later release
     assert set(yaml.safe_load(job.yaml())["train"]) == set(vars(job.train))
@@ -60,6 +61,12 @@ def test_saving_and_loading_gives_the_same(tmp_path: Path) -> None:
         ("optim.lr=.inf", ["optim.lr = inf", "positive"]),
         ("optim.lr=.nan", ["optim.lr = nan", "positive"]),
         ("optim.clip_norm=-1", ["optim.clip_norm = -1.0", "0 or more"]),
+        ("augment.monai=Flip", ["augment.monai = 'Flip' is text", "expected a list, each a mapping"]),
+        ("augment.monai=[Flip]", ["augment.monai[0] = 'Flip' is text", "expected a mapping"]),
+        ("augment.monai=[{name: Flip, 3: 4}]", ["augment.monai[0]: 3 = 4", "expected a name"]),
+        ("augment.monai=[{name: Flip, at: {deep: 1}}]", ["augment.monai[0]: 'at' = {'deep': 1}", "a list of these"]),
+        ("augment.monai=[{name: Flip, at: [[1]]}]", ["'at' = [[1]]", "a list of these"]),
+        ("augment.monai=[{name: Flip, at: 2026-01-02}]", ["datetime.date(2026, 1, 2)", "a list of these"]),
     ],
 )
 def test_a_setting_that_is_not_understood_names_key_value_and_remedy(setting: str, words: list[str]) -> None:

@@ -5,7 +5,7 @@ MONAI itself is not imported here: whoever has one of its transforms has it alre
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
@@ -67,7 +67,7 @@ def monai(*transforms: Any, fields: tuple[str, ...] | None = None) -> Compose:
     """
     steps = []
     for transform in _flat(transforms):
-        reason = _refused(transform)
+        reason = refused(transform)
         if reason:
             raise DataError(f"{type(transform).__name__} cannot augment a split sample: it {reason}")
         steps.append(Monai(transform, fields))
@@ -86,22 +86,27 @@ def _from_monai(kind: type) -> bool:
     return kind.__module__.startswith("monai.transforms.")
 
 
-def _refused(transform: Any) -> str | None:
+def refused(transform: Any) -> str | None:
     """Why a transform is refused; None if it is accepted."""
     kind = type(transform)
     if not _from_monai(kind):
         return "is no transform of MONAI, so nothing says that it changes each voxel by itself"
     if kind.__name__ in _POINTWISE:
         return _measured(kind.__name__, transform)
+    return f"{not_pointwise(kind)} (accepted are {', '.join(_POINTWISE)})"
+
+
+def not_pointwise(kind: type) -> str:
+    """Why transforms of this class of MONAI, which is none of the list above, are refused."""
     if any(base.__name__ == "Randomizable" for base in kind.__mro__):
         return "draws from a generator of its own; Noise, Flip and the others draw from seed and position alone"
     if any(base.__name__ == "MapTransform" for base in kind.__mro__):
-        return "works on a dictionary; give the array transform and say fields=(…)"
+        return "works on a dictionary; name the array transform"
     if kind.__name__ in _MEASURING:
         return _MEASURES
     if kind.__module__.startswith(("monai.transforms.spatial", "monai.transforms.croppad")):
         return "moves voxels between ranks; use Flip, Permute, rotate90, Roll, Crop, Affine or Elastic"
-    return f"is not known to change each voxel by itself; accepted are {', '.join(_POINTWISE)}"
+    return "is not known to change each voxel by itself"
 
 
 def _measured(name: str, transform: Any) -> str | None:
@@ -109,7 +114,8 @@ def _measured(name: str, transform: Any) -> str | None:
         return f"{_MEASURES}: give a factor with minv=None and maxv=None, or use ScaleIntensityRange"
     if name == "NormalizeIntensity":
         for given in (transform.subtrahend, transform.divisor):
-            numbers = list(given) if transform.channel_wise and given is not None else [given]
+            several = transform.channel_wise and isinstance(given, Iterable)
+            numbers = list(given) if several else [None if transform.channel_wise else given]
             if not all(isinstance(number, Real) for number in numbers):
                 return f"{_MEASURES}: give subtrahend and divisor as numbers, one a channel if channel_wise"
     return None

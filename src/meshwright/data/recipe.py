@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from meshwright.data import patches
 from meshwright.data.chance import key, units
 from meshwright.data.intensity import Gamma, Linear, Noise
+from meshwright.data.monai_named import MonaiNamed
 from meshwright.data.rearrange import Flip, Permute, Roll, rotate90
 from meshwright.data.transforms import WORDS, Compose, Transform, see_dims
 from meshwright.data.warp import Affine, Elastic
@@ -28,8 +29,9 @@ class Recipe:
     the patch; `elastic`: displacements up to so many voxels, control points `elastic_spacing` apart; both refuse to
     move a voxel further than `halo`. `patch`: a patch of that size. `permute`, `rotate90`: these dims change places or
     turn, by 90° · 0 … 3 in the plane of two of them. `flip`: each dim with probability ½. `roll`: these dims, by any
-    number of voxels. `gamma`: exponents 1 / (1 + gamma) … 1 + gamma over `gamma_range`. `scale`, `shift`: image ·
-    (1 ± scale) ± shift. `noise`: normal noise of a standard deviation of 0 … noise.
+    number of voxels. `monai`: these, one after the other. `gamma`: exponents 1 / (1 + gamma) … 1 + gamma over
+    `gamma_range`. `scale`, `shift`: image · (1 ± scale) ± shift. `noise`: normal noise of a standard deviation of
+    0 … noise.
 
     Turns and zoom are of space in mm, elastic displacements in voxels. Raises `ValueError` for unknown dims and
     negative ranges.
@@ -50,6 +52,7 @@ class Recipe:
     scale: float = 0.0
     shift: float = 0.0
     noise: float = 0.0
+    monai: tuple[MonaiNamed, ...] = ()
 
     def __post_init__(self) -> None:
         for what in ("permute", "rotate90", "flip", "roll"):
@@ -78,7 +81,12 @@ class Recipe:
             self.flip,
             self.roll,
         )
-        return not any((*moves, self.gamma, self.scale, self.shift, self.noise))
+        return not any((*moves, self.gamma, self.scale, self.shift, self.noise, self.monai))
+
+    @property
+    def fixed(self) -> Compose:
+        """What belongs to the data and not to chance: for held-out samples too."""
+        return Compose(tuple(step for step in self.monai if not step.is_random))
 
     def draw(
         self,
@@ -121,6 +129,7 @@ class Recipe:
         if self.roll:
             at = dict(zip(WORDS, chance["roll"], strict=False))
             found.append(Roll(self.roll, tuple(int(at[word] * sizes[word]) for word in self.roll)))
+        found += [step.at(key(_STREAM, seed, position, 200 + number)) for number, step in enumerate(self.monai)]
         if self.gamma:
             found.append(Gamma((1 + self.gamma) ** _signed(chance["gamma"][0]), *self.gamma_range))
         if self.scale or self.shift:

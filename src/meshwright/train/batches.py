@@ -72,10 +72,17 @@ def augmented(job: Job, step: int, batch: Batch) -> Batch:
 def held_out(job: Job, index: int) -> Batch | None:
     """Held-out sample `index`; None if it cannot be read and such samples are to be left out. Collective then."""
     if job.held_reads is None or job.config.data.on_bad == "stop":
-        return load(job, job.validation, [index])
+        return _held_out(job, index)
     if index in job.held_reads.left_out:
         return None
-    return agreed(job.held_reads, lambda: load(job, job.validation, [index]), together=job.split)
+    return agreed(job.held_reads, lambda: _held_out(job, index), together=job.split)
+
+
+def _held_out(job: Job, index: int) -> Batch:
+    fixed = recipe(job.config).fixed
+    if not fixed.transforms:
+        return load(job, job.validation, [index])
+    return load(job, Augmented(job.validation, [index], [fixed]), [0])
 
 
 def load(job: Job, source: VolumeSource, indices: Sequence[int]) -> Batch:

@@ -20,6 +20,7 @@ from meshwright.data.folder import find_pairs
 from meshwright.data.foreground import Foreground
 from meshwright.data.hdf5_mpi import through_mpi
 from meshwright.data.mni import open_mni
+from meshwright.data.monai_named import named
 from meshwright.data.prefetch import processors
 from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
@@ -83,6 +84,7 @@ def sources(config: Config, bad: list[str] | None = None) -> tuple[VolumeSource,
     With `data.on_bad` = skip samples that cannot be opened are left out, and the reasons added to `bad`.
     Raises `DataError`, `ConfigError`.
     """
+    recipe(config)  # what it refuses is refused before anything is read
     data = config.data
     left_out = None if data.on_bad == "stop" else [] if bad is None else bad
     if data.path is None and data.name == "mni152":
@@ -115,7 +117,10 @@ def settled(config: Config, train: VolumeSource) -> Config:
 
     Raises `ConfigError` and `DataError` for an augmentation that cannot be drawn for these samples.
     """
-    recipe(config).draw(config.seed, 0, train.shape(0), spacing_mm=train.spacing_mm(0))
+    ranges = recipe(config)
+    ranges.draw(config.seed, 0, train.shape(0), spacing_mm=train.spacing_mm(0))
+    for step in ranges.monai:
+        step.see(train.fields["image"].sizes[0], "augment.monai")
     data = replace(config.data, classes=train.classes) if is_folder(config) else config.data
     if data.path is not None:
         data = replace(data, name="folder", path=str(Path(data.path).resolve()))
@@ -133,11 +138,11 @@ def recipe(config: Config) -> Recipe:
         del drawn[name]
     if not 0 <= share <= 1 or (share and config.augment.patch is None):
         raise ConfigError(f"augment.patch_foreground = {share}: a share from 0 to 1 of the patches, augment.patch")
-    low_high = drawn.pop("gamma_range")
+    monai, low_high = named(drawn.pop("monai"), "augment.monai"), drawn.pop("gamma_range")
     if len(low_high) != 2:
         raise ConfigError(f"augment.gamma_range = {list(low_high)}: two numbers are needed, low and high")
     try:
-        return Recipe(**drawn, gamma_range=(low_high[0], low_high[1]))
+        return Recipe(**drawn, gamma_range=(low_high[0], low_high[1]), monai=monai)
     except ValueError as error:
         raise ConfigError(f"augment: {error}") from None
 
