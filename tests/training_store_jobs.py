@@ -20,7 +20,8 @@ from meshwright.data.source import Part
 from meshwright.data.store import Store
 from meshwright.data.volumes import make_pairs
 from meshwright.errors import DataError
-from meshwright.train import feed, loop
+from meshwright.train import feed, loop, outcome
+from meshwright.train.job import Job
 
 
 def train_within(settings: Config, run: str, resume: bool = False) -> dict[str, Any]:
@@ -77,3 +78,21 @@ def files_in(run: Path) -> list[str]:
         if where.startswith(f"{run}/"):
             found.append(where)
     return found
+
+
+def train_without_label(settings: Config, run: str, number: int) -> list[str]:
+    """Train where rank 1 cannot find the foreground of sample `number`; why samples were left out."""
+    boxes, jobs = Foreground.boxes, list[Job]()
+
+    def broken(self: Foreground, index: int) -> Boxes:
+        if index == number and dist.get_rank() == 1:
+            raise DataError("the disk is gone")
+        return boxes(self, index)
+
+    def noted(job: Job, done: int, path: Path) -> feed.Feed:
+        jobs.append(job)
+        return feed.Feed(job, done, path)
+
+    with patch.object(Foreground, "boxes", broken), patch.object(loop, "Feed", noted):
+        loop.run(settings, run, False, True)
+    return outcome.all_left_out(jobs[0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -22,12 +24,13 @@ from meshwright.data.folder import find_pairs
 from meshwright.data.foreground import Foreground, boxes_in
 from meshwright.data.source import ReadStats, VolumeSource, Wrapped
 from meshwright.data.volumes import make_pairs
-from meshwright.errors import ConfigError
+from meshwright.errors import ConfigError, RankError
 from meshwright.plan.plan import Plan
+from meshwright.train import rundir
 from meshwright.train.batches import training_batch
 from meshwright.train.job import build, recipe
 from training_jobs import job, losses, train
-from training_store_jobs import foreground_found
+from training_store_jobs import foreground_found, train_without_label
 
 SHAPE = (37, 20, 33)
 
@@ -133,3 +136,50 @@ def test_a_share_without_patches_is_refused(tmp_path: Path) -> None:
     for wrong in (("augment.patch_foreground=1.5",), ("augment.patch_foreground=0.5", "augment.patch=null")):
         with pytest.raises(ConfigError, match=r"augment.patch_foreground = .*: a share from 0 to 1 of the patches"):
             recipe(job(words, *wrong))
+
+
+PLANS = {"d2": ("plan.depth=2",), "n2": ("plan.data=2",), "d2, store": ("plan.depth=2", "data.memory_mib=1")}
+PLANS["n2, store"] = ("plan.data=2", "data.memory_mib=1")
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_label_that_cannot_be_read_for_it_is_left_out_by_all(name: str, tmp_path: Path) -> None:
+    """Cases 1 and 2 of 7, one of 8 held out: a folder in which the next ones lie in their places trains the same."""
+    words = [*zarr_pairs(tmp_path / "data"), "augment.patch_foreground=0.7", *PLANS[name]]
+    shutil.copytree(tmp_path / "data", tmp_path / "same")
+    for case in 1, 2:
+        chunk = tmp_path / f"data/{case}.zarr/label/c/1/0/0"
+        chunk.write_bytes(chunk.read_bytes()[:-5])
+        shutil.rmtree(tmp_path / f"same/{case}.zarr")
+        shutil.copytree(tmp_path / "same/3.zarr", tmp_path / f"same/{case}.zarr")
+    with pytest.raises(RankError, match=r"[12].zarr/label: truncated or damaged"):
+        train(job(words, ranks=2), tmp_path / "stopped")
+    train(job(words, "data.on_bad=skip", ranks=2), tmp_path / "a")
+    train(job(words, f"data.path={tmp_path}/same", ranks=2), tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert [json.loads((tmp_path / run / "summary.json").read_text())["left_out"] for run in "ab"] == [2, 0]
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_label_that_one_rank_cannot_read_is_left_out_by_all(name: str, tmp_path: Path) -> None:
+    """As where hosts have disks of their own: rank 1 says no, and the ranks agree on what they draw."""
+    words = [*zarr_pairs(tmp_path / "data"), "augment.patch_foreground=0.7", "data.on_bad=skip", *PLANS[name]]
+    rundir.prepare(tmp_path / "run", resume=False)
+    found = launch(train_without_label, 2, (job(words, ranks=2), str(tmp_path / "run"), 3), threads=1)
+    assert [len(reasons) for reasons in found] == [1, 1]
+    assert "another rank could not read it" in found[0][0]
+    assert "the disk is gone" in found[1][0]
+    assert len(losses(tmp_path / "run")) == 12
+
+
+def zarr_pairs(folder: Path) -> list[str]:
+    """`pairs` in Zarr, 8 of them, in chunks of which a damaged one is noticed."""
+    words = pairs(folder)
+    image, label = (np.load(folder / f"0_{name}.npy") for name in ("image", "label"))
+    for file in folder.iterdir():
+        file.unlink()
+    for case in range(8):
+        group = zarr.open_group(folder / f"{case}.zarr", mode="w")
+        group.create_array("image", data=np.roll(image, case, 0), chunks=(12, 22, 20))
+        group.create_array("label", data=np.roll(label, case, 0), chunks=(12, 22, 20))
+    return [*words, "data.held_out=0.1", "train.steps=12", "train.precision=fp64"]

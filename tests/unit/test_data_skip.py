@@ -108,3 +108,15 @@ def test_only_the_fault_of_a_sample_is_forgiven() -> None:
     reads = Counted(DatasetSource([items[0]]))  # type: ignore[arg-type]
     with pytest.raises(DataError, match=r"none of the 1 samples can be read; the last one: list\[0\]: .*the box"):
         agreed(reads, lambda: reads.read(0, (slice(0, 3),) * 3), together=False)
+
+
+def test_each_failure_of_a_sample_is_its_fault_however_often_it_failed_since() -> None:
+    image = np.zeros((2, 2, 2), np.float32)
+    reads = Counted(DatasetSource([(image, image)] * 2))  # type: ignore[arg-type]
+    errors = []
+    for _ in range(3):  # read ahead for several steps
+        with pytest.raises(DataError) as caught:
+            reads.read(1, (slice(0, 3),) * 3)
+        errors.append(caught.value)
+    assert [reads.blamed(error) for error in errors] == [1, 1, 1]
+    assert reads.blamed(DataError("another")) == -1

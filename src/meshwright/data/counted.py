@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
 
 from meshwright.data.source import Part, ReadStats, VolumeSource, Wrapped
 from meshwright.errors import DataError
@@ -15,20 +17,28 @@ class Counted(Wrapped):
     def __init__(self, source: VolumeSource) -> None:
         super().__init__(source)
         self._since, self._lock = ReadStats(), threading.Lock()
-        self._failed: dict[int, DataError] = {}  # what was raised last for each sample that could not be read
+        # the sample that could not be read, for each error that somebody may still ask about
+        self._failed: WeakKeyDictionary[BaseException, int] = WeakKeyDictionary()
         self.left_out: dict[int, str] = {}  # samples that nobody is to read any more, and why
 
     def read(self, index: int, spans: Sequence[slice]) -> Part:
         """As the source does; `DataError` at once for a sample that is left out."""
+        with self.blaming(index):
+            part = self._source.read(index, spans)
+        self.add(part.stats)
+        return part
+
+    @contextmanager
+    def blaming(self, index: int) -> Iterator[None]:
+        """For whatever is read of sample `index`: a `DataError` is its fault, and comes at once if it is left out."""
         try:
             if index in self.left_out:
                 raise DataError(self.left_out[index])
-            part = self._source.read(index, spans)
+            yield
         except DataError as error:
-            self._failed[index] = error
+            with self._lock:
+                self._failed[error] = index
             raise
-        self.add(part.stats)
-        return part
 
     def add(self, stats: ReadStats) -> None:
         """Count what was read beside the parts."""
@@ -38,7 +48,8 @@ class Counted(Wrapped):
     def blamed(self, error: BaseException | None) -> int:
         """The sample that could not be read, if `error` or what caused it says just this; else -1."""
         while error is not None:
-            found = next((index for index, known in list(self._failed.items()) if known is error), None)
+            with self._lock:
+                found = self._failed.get(error)
             if found is not None:
                 return found
             error = error.__cause__

@@ -37,6 +37,14 @@ class Foreground:
             self._found[index] = tuple(tuple(slice(lo, hi) for lo, hi in box) for box in found)
         return self._found[index]
 
+    def known(self, index: int) -> Boxes:
+        """What `boxes` has found for sample `index`; nothing, if it was not asked or could not read it."""
+        return self._found.get(index, ())
+
+    def forget(self, index: int) -> None:
+        """Be as if sample `index` could not be read."""
+        self._found.pop(index, None)
+
     def _on_this_host(self, index: int) -> list[list[list[int]]]:
         label = self._source.pairs[index].label if isinstance(self._source, Pairs) else None
         if label is None or not once.several_ranks():

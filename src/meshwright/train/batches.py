@@ -10,6 +10,7 @@ from torch import Tensor
 
 from meshwright.data import augment
 from meshwright.data.augmented import Augmented
+from meshwright.data.foreground import Boxes
 from meshwright.data.source import VolumeSource, batch_shape, read_batch
 from meshwright.data.transforms import Compose
 from meshwright.parallel.apply import from_local
@@ -51,12 +52,42 @@ def _training_batch(job: Job, step: int, source: VolumeSource) -> Batch:
     return augmented(job, step, load(job, source, indices))
 
 
-def drawn(job: Job, position: int, sample: int) -> Compose:
-    """What is drawn for a training sample at `position` in the order of samples."""
+def drawn(job: Job, position: int, sample: int, boxes: Boxes | None = None) -> Compose:
+    """What is drawn for a training sample at `position` in the order; `boxes` None: its foreground is read."""
     train, config, share = job.train, job.config, job.config.augment.patch_foreground
-    boxes = job.foreground.boxes(sample) if share and job.foreground is not None else ()
+    if boxes is None:
+        boxes = foreground(job, sample) if share else ()
     shape, spacing_mm = train.shape(sample), train.spacing_mm(sample)
     return recipe(config).draw(config.seed, position, shape, boxes, share, spacing_mm)
+
+
+def foreground(job: Job, sample: int) -> Boxes:
+    """Where the label of a training sample has foreground. Raises `DataError`: the fault of the sample."""
+    if job.foreground is None or job.reads is None:
+        return ()
+    with job.reads.blaming(sample):
+        return job.foreground.boxes(sample)
+
+
+def find_foreground(job: Job, samples: Sequence[int]) -> None:
+    """Have the foreground of `samples` known, or the sample left out, on all ranks alike. Collective.
+
+    For threads that read ahead, which cannot wait for what other ranks say of a label.
+    """
+    reads, first = job.reads, job.rank % max(1, len(samples))  # ranks of one host begin at labels of their own
+    assert reads is not None
+    assert job.foreground is not None
+
+    def find() -> bool:
+        for sample in (*samples[first:], *samples[:first]):
+            if sample not in reads.left_out:
+                foreground(job, sample)
+        return True
+
+    while agreed(reads, find, together=job.split) is None:
+        pass
+    for sample in reads.left_out:
+        job.foreground.forget(sample)
 
 
 def augmented(job: Job, step: int, batch: Batch) -> Batch:

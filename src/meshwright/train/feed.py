@@ -18,7 +18,7 @@ from meshwright.data.source import IMAGE_BYTES, LABEL_BYTES, ReadStats
 from meshwright.data.store import Store
 from meshwright.data.transforms import Transform
 from meshwright.errors import ConfigError
-from meshwright.train.batches import Batch, augmented, drawn, placed, training_batch
+from meshwright.train.batches import Batch, augmented, drawn, find_foreground, placed, training_batch
 from meshwright.train.job import Job, batch_size, recipe
 from meshwright.train.skipping import agreed
 
@@ -44,6 +44,8 @@ class Feed:
         data, last = job.config.data, job.config.train.steps
         if data.memory_mib is not None and done < last:
             assert job.reads is not None
+            if self._skips_foreground:
+                find_foreground(job, self._seen(done + 1, last))
             self._store = Store(
                 job.reads,
                 job.plan,
@@ -59,9 +61,24 @@ class Feed:
     def _order(self, step: int) -> Sequence[int]:
         return self._job.at(step).batch(batch_size(self._job.config, self._job.plan))
 
+    def _seen(self, first: int, last: int) -> list[int]:
+        """The samples of these steps."""
+        found: set[int] = set()
+        for step in range(first, last + 1):
+            found.update(self._order(step))
+            if len(found) == len(self._job.train.names):
+                break
+        return sorted(found)
+
     def _drawn(self, step: int, position: int, sample: int) -> Transform:
         job = self._job
-        return drawn(job, job.at(step).seen + position, sample)
+        boxes = job.foreground.known(sample) if self._skips_foreground and job.foreground is not None else None
+        return drawn(job, job.at(step).seen + position, sample, boxes)
+
+    @property
+    def _skips_foreground(self) -> bool:
+        config = self._job.config
+        return config.data.on_bad == "skip" and config.augment.patch_foreground > 0
 
     def batch(self, step: int) -> Batch:
         """The augmented batch of `step` (from 1)."""
