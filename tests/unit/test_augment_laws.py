@@ -10,7 +10,10 @@ from torch import Tensor
 from transform_draws import KINDS, Reading, chains, sample, shapes
 
 import meshwright as mw
+from meshwright.data.augmented import held
+from meshwright.data.rearrange import Flip
 from meshwright.data.transforms import Fields, Shape, Transform, read, source_spans
+from meshwright.errors import DataError
 
 LAW = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 VOLUMES = ("image", "second", "label")
@@ -80,3 +83,24 @@ def test_what_only_moves_or_changes_voxels_reads_each_of_its_part_once(kind: str
         part = read(transform, reading, spans, shape, VOLUMES)
         assert reading.voxels == part["label"].numel()
         assert len(source_spans(transform, spans, shape)) <= 2 ** len(shape)
+
+
+def test_a_field_of_which_nobody_says_whether_it_is_a_volume_is_refused_by_its_name() -> None:
+    """Also where its sizes are those of the volume: a cube of numbers would be flipped."""
+    shape, flip = (4, 4, 4), Flip(("depth",))
+    fields = {"image": torch.randn(2, *shape), "cube": torch.randn(shape), "vector": torch.randn(4)}
+    everything = tuple(slice(0, size) for size in shape)
+
+    def reader(box: tuple[slice, ...]) -> Fields:
+        return {name: field[(..., *box)] if name == "image" else field for name, field in fields.items()}
+
+    for wanted in (reader, held(fields, everything)):
+        with pytest.raises(DataError, match=r"'cube' has 3 dims, the volume 3: say volumes="):
+            read(flip, wanted, everything, shape)
+    for wanted in (reader, held(fields, everything, ("image",))):
+        whole = read(flip, wanted, everything, shape, ("image",))
+        assert torch.equal(whole["image"], fields["image"].flip(1))
+        assert torch.equal(whole["cube"], fields["cube"])
+        assert torch.equal(whole["vector"], fields["vector"])
+    cut = read(flip, held(fields, everything, ("image", "cube")), everything, shape, ("image", "cube"))
+    assert torch.equal(cut["cube"], fields["cube"].flip(0))

@@ -30,7 +30,8 @@ def everything(shape: Shape) -> tuple[slice, ...]:
 
 def whole(transform: Transform, fields: Fields) -> dict[str, Tensor]:
     reading = Reading(fields)
-    return read(transform, reading, everything(transform.output_shape(reading.shape)), reading.shape)
+    spans = everything(transform.output_shape(reading.shape))
+    return read(transform, reading, spans, reading.shape, [name for name in fields if name != "vector"])
 
 
 MOVES: dict[str, tuple[Transform, Callable[[Tensor], Tensor]]] = {

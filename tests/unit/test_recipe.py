@@ -237,7 +237,7 @@ def test_a_part_with_a_halo_is_augmented_in_memory() -> None:
     moves = 0
     for position in range(6):
         drawn = near.draw(2, position, SHAPE)
-        whole = read(drawn, Reading({**fields, "second": fields["image"]}), [slice(0, n) for n in SHAPE], SHAPE)
+        whole = read(drawn, Reading(fields), [slice(0, n) for n in SHAPE], SHAPE)
         for spans in parts_of(SHAPE, (3, 2, 8)):
             wide = widened(spans, SHAPE, 8)
             part = {name: field if name == "vector" else field[(..., *wide)] for name, field in fields.items()}

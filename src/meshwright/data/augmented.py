@@ -77,7 +77,7 @@ def held(part: Fields, spans: Sequence[slice], volumes: Collection[str] | None =
                 )
         own = [slice(max(w.start - h.start, 0), max(w.stop - h.start, 0)) for w, h in zip(box, spans, strict=True)]
         cut: tuple[EllipsisType | slice, ...] = (..., *own)
-        chosen = [name for name, x in part.items() if x.ndim >= len(spans)] if volumes is None else volumes
+        chosen = transforms.volumes_of(part, len(spans)) if volumes is None else volumes
         return {name: x[cut] if name in chosen else x for name, x in part.items()}
 
     return reader

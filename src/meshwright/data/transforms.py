@@ -28,6 +28,7 @@ Fields = Mapping[str, Tensor]
 Reader = Callable[[tuple[slice, ...]], Fields]  # reads a box (slices of D, H, W) of every field
 
 WORDS = ("depth", "height", "width")
+VOLUMES = ("image", "label")  # what is spatial by its name
 
 
 class Transform(Protocol):
@@ -128,8 +129,8 @@ def read(
 ) -> dict[str, Tensor]:
     """The part `spans` of the augmented sample; `reader` is asked for boxes of the sample of global `shape`.
 
-    `volumes` names the spatial fields; None: all that have as many dims as the volume or more. Raises as `source_spans`
-    does, and what the reader raises.
+    `volumes` names the spatial fields; None: as `volumes_of` finds them. Raises as `source_spans` does, and what the
+    reader raises.
     """
     return build(transform, [reader(box) for box in source_spans(transform, spans, shape)], spans, shape, volumes)
 
@@ -143,10 +144,24 @@ def build(
 ) -> dict[str, Tensor]:
     """`read` for a caller who has fetched the boxes of `source_spans` already, in that order."""
     if volumes is None:
-        volumes = [name for name, field in parts[0].items() if field.ndim >= len(shape)]
+        volumes = volumes_of(parts[0], len(shape))
     cut = [{name: field for name, field in part.items() if name in volumes} for part in parts]
     built = transform.build(cut, _box(spans, transform.output_shape(tuple(shape))), tuple(shape))
     return {name: built.get(name, field) for name, field in parts[0].items()}
+
+
+def volumes_of(part: Fields, dims: int) -> tuple[str, ...]:
+    """The spatial fields of a sample with so many spatial dims: image and label. What has fewer dims is none.
+
+    Raises `DataError` for any other field: a matrix may have as many dims as a volume, and is never to be cut.
+    """
+    for name, field in part.items():
+        if field.ndim >= dims and name not in VOLUMES:
+            raise DataError(
+                f"the field {name!r} has {field.ndim} dims, the volume {dims}: say volumes=(…), the names of all "
+                "fields that are cut with it"
+            )
+    return tuple(name for name in VOLUMES if name in part)
 
 
 def _box(spans: Sequence[slice], shape: Shape) -> Box:
