@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader
 
 import meshwright as mw
 from meshwright.data import sampler
+from meshwright.data.kept import Kept
 from meshwright.data.prefetch import processors
-from meshwright.data.source import Kept, batch_shape, read_batch
+from meshwright.data.source import batch_shape, read_batch
 from meshwright.data.store import Store
 from meshwright.data.volumes import open_pairs
 

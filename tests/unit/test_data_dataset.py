@@ -13,7 +13,8 @@ from torch.utils.data import Dataset
 
 from meshwright.data.counted import Counted
 from meshwright.data.dataset import DatasetSource
-from meshwright.data.source import Kept, batch_shape, read_batch, widened
+from meshwright.data.kept import Kept
+from meshwright.data.source import batch_shape, read_batch, widened
 from meshwright.errors import DataError
 from meshwright.plan.plan import Plan, interval
 

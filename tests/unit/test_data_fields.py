@@ -15,8 +15,9 @@ from field_jobs import COUNT, FOLDERS, LAYOUTS, ON_DISK, SHAPE, expected, hdf5_f
 from meshwright.cluster.launch import launch
 from meshwright.data.augmented import Augmented
 from meshwright.data.fields import Stored, open_fields
+from meshwright.data.kept import Kept
 from meshwright.data.rearrange import Flip
-from meshwright.data.source import Field, Kept, batch_shape, read_batch
+from meshwright.data.source import Field, batch_shape, read_batch
 from meshwright.errors import DataError
 from meshwright.plan.plan import Plan, interval
 

@@ -15,9 +15,10 @@ import zarr
 
 from meshwright.data.counted import Counted
 from meshwright.data.formats import open_array
+from meshwright.data.kept import Kept
 from meshwright.data.mni import open_mni
-from meshwright.data.source import IMAGE, Kept, Part, ReadStats, VolumeSource, read_batch
-from meshwright.data.volumes import Pair, Pairs
+from meshwright.data.source import IMAGE, Part, ReadStats, VolumeSource, read_batch
+from meshwright.data.volumes import Pair, Pairs, open_pairs
 from meshwright.errors import DataError
 
 SHAPE, SAMPLES, THREADS, ROUNDS = (12, 20, 18), 4, 8, 6
@@ -121,8 +122,69 @@ def test_the_parts_of_a_batch_are_read_by_threads_and_once() -> None:
             assert part.image[:, 0, 0, 0, 0].tolist() == list(batch)
             assert part.stats.read_bytes == sum(batch)
         assert sorted(index for index, _ in source.reads) == [0, 1, 2, 3]
-        own = [thread for index, thread in source.reads if thread == threading.current_thread().name]
-        assert len(own) == (4 if hands == 1 else 1)  # the second batch lacks one sample: no thread is worth it
+        assert source.reads[-1] == (1, threading.current_thread().name)  # lacking one sample: no thread is worth it
+        assert len({thread for _, thread in source.reads}) <= hands
+
+
+def test_the_parts_of_a_batch_are_read_at_once() -> None:
+    """Each hand holds a sample at the same moment, or they would wait here for ever."""
+    together, source = threading.Barrier(3, timeout=60), Once()
+    read = source.read
+
+    def meeting(index: int, spans: object) -> Part:
+        together.wait()
+        return read(index, spans)
+
+    source.read = meeting  # type: ignore[method-assign]
+    read_batch(Kept(source, 3), (0, 1, 2), (slice(0, 3), slice(0, 1), *(slice(0, 2),) * 3))  # type: ignore[arg-type]
+    assert len({thread for _, thread in source.reads}) == 3
+
+
+@pytest.mark.parametrize("hands", [1, 2])
+@pytest.mark.parametrize("dtype", [np.int16, np.float32, np.float64])
+@pytest.mark.parametrize("lead", [(), (2,)])
+def test_a_batch_lies_where_its_parts_are_kept(
+    hands: int, dtype: type, lead: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No copy for the first batch, the same bits as one by one, and a copy where the parts lie apart."""
+    monkeypatch.setattr("meshwright.data.arrays.SLAB_BYTES", 600)
+    draw, shape = np.random.default_rng(4), (9, 8, 7)
+    for case in range(4):
+        np.save(tmp_path / f"{case}_image.npy", (900 * draw.normal(size=(*lead, *shape))).astype(dtype))
+        np.save(tmp_path / f"{case}_label.npy", draw.integers(0, 3, shape, dtype=np.uint8))
+    source = open_pairs(f"{tmp_path}/*_image.npy", f"{tmp_path}/*_label.npy", ("a", "b", "c"), intensity=(12.0, 700.0))
+    kept, spans = Kept(Counted(source), hands), (slice(2, 7), slice(0, 8), slice(1, 7))
+    rows = (slice(0, 2), slice(0, 1 if not lead else 2), *spans)
+    for batch in ((2, 0), (1, 3)):
+        part = read_batch(kept, batch, rows)
+        for name in ("image", "label"):
+            one = [source.read(index, spans)[name] for index in batch]
+            assert torch.equal(part[name], torch.cat(one))
+            assert part[name].data_ptr() == kept.read(batch[0], spans)[name].data_ptr()
+        assert (
+            part.stats.read_bytes
+            == part.stats.ideal_read_bytes
+            == sum(source.read(index, spans).stats.ideal_read_bytes for index in batch)
+        )
+    mixed = read_batch(kept, (0, 1), rows)
+    assert torch.equal(mixed.image, torch.cat([source.read(index, spans).image for index in (0, 1)]))
+    assert mixed.image.data_ptr() != kept.read(0, spans).image.data_ptr()
+
+
+def test_a_part_that_cannot_be_read_takes_no_room_beside_the_others(tmp_path: Path) -> None:
+    shape, box = (40, 64, 64), (slice(0, 40), slice(0, 64), slice(0, 64))
+    for case in range(3):
+        np.save(tmp_path / f"{case}_image.npy", np.full(shape, case, np.int16))
+        np.save(tmp_path / f"{case}_label.npy", np.full(shape, 9 if case == 1 else 1, np.uint8))
+    source = open_pairs(f"{tmp_path}/*_image.npy", f"{tmp_path}/*_label.npy", ("a", "b"), intensity=(0.0, 1.0))
+    kept = Kept(source, 2)
+    with pytest.raises(DataError, match=r"1_label.npy: label value 9"):
+        read_batch(kept, (0, 1, 2), (slice(0, 3), slice(0, 1), *box))
+    for case in (0, 2):
+        part = kept.read(case, box)
+        assert part.image.unique().tolist() == [case]
+        held = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in part.values()}
+        assert sum(held.values()) == part.stats.part_bytes
 
 
 def test_a_sample_that_no_thread_can_read_is_an_error_of_the_caller() -> None:

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from meshwright.data.source import Kept, ReadStats, batch_shape, read_batch, widened
+from meshwright.data.kept import Kept
+from meshwright.data.source import ReadStats, batch_shape, read_batch, widened
 from meshwright.data.volumes import Pairs, hold_out, intensity, open_pairs
 from meshwright.errors import DataError
 from meshwright.plan.plan import Plan, interval

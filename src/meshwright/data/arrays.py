@@ -89,6 +89,12 @@ class RandomAccess:
 
     def slabs(self, spans: Sequence[slice]) -> Iterator[Slab]:
         """Pieces along D that end where chunks end, so that no chunk is decoded twice."""
+        for where, box in self.pieces(spans):
+            values, read_bytes = self.read(box)
+            yield Slab(where, values, read_bytes)
+
+    def pieces(self, spans: Sequence[slice]) -> Iterator[tuple[Spans, Spans]]:
+        """Of each slab: where it lies in the box, and its own box."""
         box = checked(self, spans)
         if any(span.start == span.stop for span in box):
             return
@@ -98,9 +104,8 @@ class RandomAccess:
         lead, behind = len(box) - 3, box[-2:]
         for start in range(depth.start - depth.start % step, depth.stop, step):
             span = slice(max(start, depth.start), min(start + step, depth.stop))
-            values, read_bytes = self.read((*box[:lead], span, *behind))
             where = (slice(None),) * lead + (slice(span.start - depth.start, span.stop - depth.start),)
-            yield Slab(where, values, read_bytes)
+            yield where, (*box[:lead], span, *behind)
 
     def scale(self, raw: Array) -> Array:
         """Stored numbers → float32 values."""

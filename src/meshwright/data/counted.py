@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from weakref import WeakKeyDictionary
 
-from meshwright.data.source import Part, ReadStats, VolumeSource, Wrapped
+from meshwright.data.source import Part, ReadInto, ReadStats, VolumeSource, Wrapped, into_of
 from meshwright.errors import DataError
 
 
@@ -23,8 +24,19 @@ class Counted(Wrapped):
 
     def read(self, index: int, spans: Sequence[slice]) -> Part:
         """As the source does; `DataError` at once for a sample that is left out."""
+        return self._counted(index, partial(self._source.read, index, spans))
+
+    @property
+    def read_into(self) -> ReadInto | None:
+        """As the source has it, counted."""
+        into = into_of(self._source)
+        if into is None:
+            return None
+        return lambda index, spans, room: self._counted(index, partial(into, index, spans, room))
+
+    def _counted(self, index: int, read: Callable[[], Part]) -> Part:
         with self.blaming(index):
-            part = self._source.read(index, spans)
+            part = read()
         self.add(part.stats)
         return part
 

@@ -226,12 +226,7 @@ class Delivery:
         memory = (
             torch.empty(nbytes, dtype=torch.uint8, pin_memory=True) if self.pages is None else self.pages.buffer(nbytes)
         )
-        found, at = {}, 0
-        for name, f in self.packing.fields.items():  # wide types first, so that all are aligned
-            size = count * field_bytes(f, box)
-            found[name] = memory[at : at + size].view(f.dtype).view((count, *f.shape(box)))
-            at += size
-        return found
+        return self.packing.rows(memory, count, box)
 
     def _by_peer(self, pieces: Sequence[Piece]) -> ByPeer:
         return messages.by_peer(pieces, self.rank, self.packing)

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from meshwright.data.arrays import Array, StoredArray
+from meshwright.data.arrays import Array, RandomAccess, StoredArray
+from meshwright.data.raw import RawArray
 from meshwright.errors import DataError
 
 MOST_CLASSES = 255  # of one byte
@@ -28,6 +29,28 @@ class Spent:
             self.transient_bytes = max(self.transient_bytes, slab.values.nbytes + 12 * slab.values.size)
             values = array.scale(slab.values)
             yield slab.where, values if values.flags.writeable else values.copy()
+
+    def filled(self, array: StoredArray, spans: Sequence[slice], target: Array) -> Iterator[tuple[slice, ...]]:
+        """Write the values of the box to `target`, cast to its type; where each piece of it lies, once it is there."""
+        if isinstance(array, RawArray) and not array.fortran and array.dtype == target.dtype:
+            for where, box in array.pieces(spans):
+                if target[where].flags.c_contiguous:
+                    self.read_bytes += array.read_to(box, target[where])
+                else:  # of several channels
+                    target[where], read_bytes = array.read(box)
+                    self.read_bytes += read_bytes
+                yield where
+            return
+        for slab in array.slabs(spans):
+            self.read_bytes += slab.read_bytes
+            self.shared_bytes += slab.shared_bytes
+            if isinstance(array, RandomAccess):  # the stored numbers are the values
+                self.transient_bytes = max(self.transient_bytes, slab.values.nbytes)
+                np.copyto(target[slab.where], slab.values, casting="unsafe")
+            else:  # and their values in float64 and float32
+                self.transient_bytes = max(self.transient_bytes, slab.values.nbytes + 12 * slab.values.size)
+                target[slab.where] = array.scale(slab.values)
+            yield slab.where
 
     def whole_numbers(self, array: StoredArray, spans: Sequence[slice]) -> Iterator[tuple[tuple[slice, ...], Array]]:
         """The box of an array that `has_whole_numbers` in pieces, as they are stored."""

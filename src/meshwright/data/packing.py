@@ -46,6 +46,15 @@ class Packing:
         packed = buffer(self.nbytes(box))
         return packed, self.views(packed, box)
 
+    def rows(self, memory: Tensor, count: int, box: Shape) -> dict[str, Tensor]:
+        """The fields [count, …] of so many parts inside `memory`, which has their bytes or more."""
+        found, at = {}, 0
+        for name, field in self.fields.items():  # wide types first, so that all are aligned
+            size = count * field_bytes(field, box)
+            found[name] = memory[at : at + size].view(field.dtype).view((count, *field.shape(box)))
+            at += size
+        return found
+
     def is_packed(self, packed: Tensor, part: Mapping[str, Tensor], box: Shape) -> bool:
         """Whether the fields of `part` are those inside of `packed`."""
         if packed.numel() != self.nbytes(box) or part.keys() != self.fields.keys():

@@ -54,11 +54,22 @@ class RawArray(RandomAccess):
         values, read_bytes = self._read(self.shape[::-1], box[::-1])
         return values.transpose(), read_bytes
 
+    def read_to(self, spans: Sequence[slice], target: Array) -> int:
+        """`read` into `target`, contiguous and of the stored type; not of arrays whose first dim is the fastest."""
+        assert not self.fortran
+        assert target.flags.c_contiguous
+        assert (target.dtype, target.shape) == (self.dtype, sizes(spans))
+        self._take(target, self.shape, checked(self, spans))
+        return target.nbytes
+
     def _read(self, shape: Sequence[int], box: Sequence[slice]) -> tuple[Array, int]:
         values = np.empty(sizes(box), self.dtype)
+        self._take(values, shape, box)
+        return values, values.nbytes
+
+    def _take(self, values: Array, shape: Sequence[int], box: Sequence[slice]) -> None:
         if values.size:
             retried(lambda: self._fill(memoryview(values.reshape(-1).view(np.uint8).data), shape, box), self.name)
-        return values, values.nbytes
 
     def _fill(self, target: memoryview, shape: Sequence[int], box: Sequence[slice]) -> None:
         offsets, run_bytes = runs(shape, box, self.dtype.itemsize)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -119,6 +118,23 @@ class VolumeSource(Protocol):
         """The box `spans` (slices of D, H, W, as `mw.interval` gives them) of sample `index`; raises `DataError`."""
 
 
+ReadInto = Callable[[int, Sequence[slice], Mapping[str, Tensor]], Part]
+
+
+def into_of(source: VolumeSource) -> ReadInto | None:
+    """`source.read_into`, if it has that: `read`, but into contiguous tensors of the caller, one a field, sized as
+    `Field.shape` says. After an error they hold anything."""
+    found: ReadInto | None = getattr(source, "read_into", None)
+    return found
+
+
+@runtime_checkable
+class Fetching(Protocol):
+    """A source that is better asked for the samples of a batch together, before each of them is read."""
+
+    def fetch(self, indices: Sequence[int], spans: Sequence[slice]) -> None: ...
+
+
 def kept(
     fields: Mapping[str, Tensor],
     *,
@@ -165,9 +181,10 @@ def batch_shape(source: VolumeSource, indices: Sequence[int]) -> tuple[int, int,
 def read_batch(source: VolumeSource, indices: Sequence[int], spans: Sequence[slice]) -> Part:
     """The part `spans` (slices of N, C, D, H, W, as `mw.interval(batch_shape(...), plan, rank)` gives them).
 
-    Only the samples inside the first slice are read. Raises `DataError` as the source does.
+    Only the samples inside the first slice are read. The tensors may be what the source keeps: to be read and not
+    written. Raises `DataError` as the source does.
     """
-    if isinstance(source, Kept):
+    if isinstance(source, Fetching):
         source.fetch(indices[spans[0]], spans[2:])
     parts = [source.read(index, spans[2:]) for index in indices[spans[0]]]
     if not parts:  # more ranks along the sample axis than samples
@@ -180,7 +197,23 @@ def read_batch(source: VolumeSource, indices: Sequence[int], spans: Sequence[sli
     if len(parts) == 1:
         return parts[0]
     stats = sum((part.stats for part in parts), ReadStats())
-    return Part({name: torch.cat([part[name] for part in parts]) for name in parts[0]}, stats)
+    return Part({name: joined([part[name] for part in parts]) for name in parts[0]}, stats)
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """`torch.cat` of tensors [1, …], without a copy where they lie one behind the other in one buffer."""
+    first, nbytes = tensors[0], tensors[0].numel() * tensors[0].element_size()
+    adjacent = nbytes > 0 and all(
+        tensor.is_contiguous()
+        and (tensor.shape, tensor.dtype) == (first.shape, first.dtype)
+        and tensor.data_ptr() == first.data_ptr() + number * nbytes
+        and tensor.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        for number, tensor in enumerate(tensors)
+    )
+    if not adjacent:
+        return torch.cat(list(tensors))
+    whole = first.as_strided((len(tensors) * first.numel(),), (1,))
+    return whole.view(len(tensors), *first.shape[1:])
 
 
 class Wrapped:
@@ -206,43 +239,3 @@ class Wrapped:
 
     def spacing_mm(self, index: int) -> tuple[float, float, float]:
         return self._source.spacing_mm(index)
-
-
-class Kept(Wrapped):
-    """Reads each part once and keeps it in memory: for data of which a rank's share fits. Wraps any source.
-
-    `hands` threads read the parts of a batch that are not there yet; more than one only of a source that several
-    threads may read from.
-    """
-
-    def __init__(self, source: VolumeSource, hands: int = 1) -> None:
-        super().__init__(source)
-        self._hands = hands
-        self._parts: dict[tuple[int, tuple[tuple[int, int], ...]], Part] = {}
-
-    def fetch(self, indices: Sequence[int], spans: Sequence[slice]) -> None:
-        """Read what is missing of one batch. What cannot be read stays missing: `read` tries again, and raises."""
-        missing = {index: key for index in indices if (key := _key(index, spans)) not in self._parts}
-        if self._hands < 2 or len(missing) < 2:
-            return
-        with ThreadPoolExecutor(min(self._hands, len(missing)), "meshwright-read") as threads:
-            found = {key: threads.submit(self._source.read, index, spans) for index, key in missing.items()}
-        for key, part in found.items():
-            if part.exception() is None:
-                self._parts[key] = part.result()
-
-    def read(self, index: int, spans: Sequence[slice]) -> Part:
-        """As the source does; the second time the same tensors come back, to be read and not written."""
-        key = _key(index, spans)
-        if key not in self._parts:
-            self._parts[key] = self._source.read(index, spans)
-        return self._parts[key]
-
-    @property
-    def stats(self) -> ReadStats:
-        """The cost of all parts that are kept."""
-        return sum((part.stats for part in self._parts.values()), ReadStats())
-
-
-def _key(index: int, spans: Sequence[slice]) -> tuple[int, tuple[tuple[int, int], ...]]:
-    return index, tuple((span.start, span.stop) for span in spans)

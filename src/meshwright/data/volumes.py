@@ -13,11 +13,12 @@ import numpy as np
 import torch
 
 from meshwright.data import once
-from meshwright.data.arrays import Array, StoredArray, box_bytes
+from meshwright.data.arrays import Array, StoredArray, box_bytes, sizes
 from meshwright.data.formats import open_array
 from meshwright.data.grid import see_one_grid
 from meshwright.data.measure import MOST_CLASSES, Spent, count_classes, has_whole_numbers, intensity, is_class
 from meshwright.data.packing import Packing
+from meshwright.data.raw import RawArray
 from meshwright.data.source import LABEL, Field, Part, kept
 from meshwright.data.views import files_of, parts_of, stacked
 from meshwright.errors import DataError
@@ -87,25 +88,29 @@ class Pairs:
         Raises `DataError` for damaged files, a box outside of the volume, labels that are no class number and an
         image without two different values.
         """
+        d, h, w = sizes(spans)
+        packed, room = Packing(self.fields).room((d, h, w))
+        return self.read_into(index, spans, room, packed)
+
+    def read_into(
+        self, index: int, spans: Sequence[slice], room: Mapping[str, torch.Tensor], packed: torch.Tensor | None = None
+    ) -> Part:
+        """The same in `room`: image [c, d, h, w] and label [d, h, w]."""
         pair, spent = self.pairs[index], Spent()
         image_box = (*(slice(0, size) for size in pair.image.shape[:-3]), *spans)
         label_box = (*(slice(0, 1) for _ in pair.label.shape[:-3]), *spans)
         spent.read_bytes += pair.image.prepare(image_box) + pair.label.prepare(label_box)
         scales = np.array(self._intensity(index, spent), np.float32).reshape(-1, 2, 1, 1, 1)
-        d, h, w = (span.stop - span.start for span in spans)
-        packed, room = Packing(self.fields).room((d, h, w))
         image, label = room["image"].numpy(), room["label"].numpy()
         target, scales = (image, scales) if len(image_box) == 4 else (image[0], scales[0])
-        for where, values in spent.values(pair.image, image_box):
+        for where in spent.filled(pair.image, image_box, target):
             centre, spread = (scales[where[0], 0], scales[where[0], 1]) if len(image_box) == 4 else scales
             known = self.intensity is None or has_whole_numbers(pair.image)  # or found while it was measured
-            if not known and not np.isfinite(values).all():
+            if not known and not np.isfinite(target[where]).all():
                 raise DataError(f"{pair.image.name}: contains NaN or infinity; replace these voxels before training")
-            np.subtract(values, centre, out=target[where])
+            np.subtract(target[where], centre, out=target[where])
             np.divide(target[where], spread, out=target[where])
-        whole = has_whole_numbers(pair.label)
-        for where, values in (spent.whole_numbers if whole else spent.values)(pair.label, label_box):
-            label[where[-1:]] = self._class_numbers(pair.label, values).reshape(-1, h, w)
+        self._read_label(pair.label, label_box, label, spent)
         return kept(
             room,
             read_bytes=spent.read_bytes,
@@ -135,6 +140,16 @@ class Pairs:
                     file.seek(0)
                     self._measured[index] = [(mean, spread) for mean, spread in json.load(file)]
         return self._measured[index]
+
+    def _read_label(self, label: StoredArray, box: Sequence[slice], target: Array, spent: Spent) -> None:
+        """`target` is [d, h, w], the box may have channels, of which there is one."""
+        if isinstance(label, RawArray) and label.dtype == target.dtype:
+            for where in spent.filled(label, box, target.reshape(sizes(box))):
+                self._class_numbers(label, target[where[-1:]])
+            return
+        whole = has_whole_numbers(label)
+        for where, values in (spent.whole_numbers if whole else spent.values)(label, box):
+            target[where[-1:]] = self._class_numbers(label, values).reshape(-1, *target.shape[1:])
 
     def _class_numbers(self, label: StoredArray, values: Array) -> Array:
         if values.dtype.kind in "biu":  # the ends tell, without a pass for each condition

@@ -19,12 +19,13 @@ from meshwright.data.counted import Counted
 from meshwright.data.folder import find_pairs
 from meshwright.data.foreground import Foreground
 from meshwright.data.hdf5_mpi import through_mpi
+from meshwright.data.kept import Kept
 from meshwright.data.mni import open_mni
 from meshwright.data.monai_named import named
 from meshwright.data.prefetch import processors
 from meshwright.data.recipe import Recipe
 from meshwright.data.sampler import Sampler, Shuffled
-from meshwright.data.source import Kept, ReadStats, VolumeSource
+from meshwright.data.source import ReadStats, VolumeSource
 from meshwright.data.volumes import Pairs, hold_out, make_pairs, of_one_size, open_pairs
 from meshwright.errors import ConfigError, PlanError
 from meshwright.models.small_unet import SmallUNet
