@@ -23,7 +23,7 @@ class Data:
     test: int = 128
     voxels: int = 64  # along each edge of a universe
     box_mpc: float = 256.0  # edge of a universe in Mpc/h
-    particles: int = 1  # along each edge of a voxel
+    particles: int = 2  # along each edge of a voxel
     lpt: Literal[1, 2] = 1  # 1: Zel'dovich
     seed: int = 0
     workers: int | None = None  # processes that generate; None: one a core
@@ -51,7 +51,7 @@ class Recipe:
 
 
 RECIPES: Mapping[str, Recipe] = {
-    "figure": Recipe("adamw", 2e-3, "one_cycle", weight_decay=1e-2, clip_norm=1.0, symmetries=True),
+    "figure": Recipe("adamw", 7e-4, "one_cycle", weight_decay=1e-2, clip_norm=1.0, symmetries=True),
     "original": Recipe("adam", 1e-3, "linear"),
 }
 
@@ -63,8 +63,8 @@ class Train:
     recipe: Literal["figure", "original"] = "figure"
     lr: float | None = None  # None: the recipe's
     symmetries: bool | None = None  # None: the recipe's
-    epochs: int = 2
-    batch: int = 4  # cubes of the largest size a step; of cubes half as long, four times as many
+    epochs: int = 5
+    batch: int = 8  # cubes of the largest size a step; of cubes half as long, four times as many
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"  # bf16: weights in fp32, autocast
     checkpoint_every: int = 64  # steps
 
@@ -144,7 +144,7 @@ class Study:
         return yaml.safe_dump(_plain(asdict(self)), sort_keys=False)
 
 
-QUICK: Mapping[str, Any] = {"seeds": [0], "data": {"train": 256, "test": 64}, "train": {"epochs": 3}}
+QUICK: Mapping[str, Any] = {"seeds": [0], "data": {"train": 256, "test": 64}, "train": {"epochs": 8}}
 
 
 def load(quick: bool = False, file: str | Path | None = None, settings: Iterable[str] = ()) -> Study:
