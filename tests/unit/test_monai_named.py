@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,14 @@ def test_a_step_is_a_value() -> None:
     reading = Reading(sample(SHAPE))
     part = read(MonaiNamed("Identity"), reading, [slice(0, n) for n in SHAPE], SHAPE, ("image", "label"))
     assert torch.equal(part["image"], reading.fields["image"])
+
+
+def test_the_table_of_the_documents_names_what_is_accepted() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "data.md").read_text(encoding="utf-8")
+    table = text.partition("| `name` in `augment.monai` |")[2].partition("\n\n")[0]
+    rows = [line.split("|") for line in table.splitlines()[2:]]
+    names = {name for row in rows for name in re.findall(r"`(\w+)`", row[1])}
+    assert names == {entry["name"] for entry in ACCEPTED}
+    with pytest.raises(ConfigError, match="accepted are ") as caught:
+        named([{"name": "Flip"}], "here")
+    assert names == set(str(caught.value).partition("accepted are ")[2].split(", "))

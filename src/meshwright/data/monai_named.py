@@ -11,6 +11,7 @@ import difflib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -92,6 +93,8 @@ def named(given: Sequence[Mapping[str, Any]], where: str) -> tuple[MonaiNamed, .
     Raises `ConfigError`, which names the place in `where`, for what is not on the list, with the reason; for arguments
     that are unknown, of the wrong type, or that make a transform measure the array; and where MONAI is missing.
     """
+    if given:
+        _monai()
     return tuple(_one(entry, f"{where}[{number}]") for number, entry in enumerate(given))
 
 
@@ -112,14 +115,21 @@ def _one(entry: Mapping[str, Any], where: str) -> MonaiNamed:
             raise ConfigError(f"{where}: {name}: prob = {value}; a probability is between 0 and 1")
     values = {key: tuple(value) if isinstance(value, list) else value for key, value in arguments.items()}
     step = MonaiNamed(name, tuple(values.items()))
+    wrong = _wrong(step)
+    if wrong:
+        raise ConfigError(f"{where}: {wrong}")
+    return step
+
+
+@lru_cache(maxsize=64)
+def _wrong(step: MonaiNamed) -> str:
+    """What MONAI says of the arguments, or why a split sample cannot take the transform; else nothing."""
     try:
         transform = step.made()
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"{where}: {name}: {error}") from None
+        return f"{step.name}: {error}"
     reason = None if step.is_random else refused(transform)
-    if reason:
-        raise ConfigError(f"{where}: {name} cannot augment a split sample: it {reason}")
-    return step
+    return f"{step.name} cannot augment a split sample: it {reason}" if reason else ""
 
 
 def _kind(value: object) -> str:
