@@ -16,7 +16,7 @@ BROKEN = 3  # exit code where a law does not hold
 
 _EXAMPLES = """examples:
   examples/cosmoflow/run --quick                      about 10 minutes: one seed, fewer universes
-  examples/cosmoflow/run                              all of it: every size, three seeds; about an hour on two cores
+  examples/cosmoflow/run                              all of it: every size, three seeds; 75 minutes on two cores
   examples/cosmoflow/run                              once more after a kill: goes on where it was
   examples/cosmoflow/run --report                     table and plots anew, of what is finished
   examples/cosmoflow/run --scaling                    seconds, bytes and memory of a step on 1 to 8 ranks
