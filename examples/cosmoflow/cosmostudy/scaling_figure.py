@@ -15,6 +15,8 @@ Row = Mapping[str, Any]
 def draw(path: Path, rows: Sequence[Row], edge: int) -> None:
     """Samples a second against ranks, the step in parts, and bytes and memory of a rank."""
     plot = pyplot()
+    from matplotlib.ticker import LogLocator, ScalarFormatter
+
     drawing, (speed, parts, sizes) = plot.subplots(1, 3, figsize=(11.5, 3.6))
     curves = list(dict.fromkeys(row["curve"] for row in rows))
     for curve, colour in zip(curves, COLOURS, strict=False):
@@ -43,6 +45,8 @@ def draw(path: Path, rows: Sequence[Row], edge: int) -> None:
     sizes.plot([r["ranks"] for r in sent], [r["sent_bytes"] / 2**20 for r in sent], "s--", color=SOFT, label="sent")
     sizes.set(title="MiB of a rank, strong scaling", xlabel="ranks in depth", xscale="log", yscale="log")
     sizes.set_xticks(ranks, ranks)
+    sizes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    sizes.yaxis.set_major_formatter(ScalarFormatter())
     sizes.minorticks_off()
     sizes.legend(frameon=False, fontsize=8)
     drawing.tight_layout()
