@@ -77,6 +77,18 @@ def test_a_folder_with_too_few_universes_is_refused(universes: Path, tmp_path: P
         Cubes(tmp_path, 16, 0, 1)
 
 
+def test_a_renamed_file_is_found_out(universes: Path, tmp_path: Path) -> None:
+    for file in universes.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    (tmp_path / "universe_00001.h5").unlink()
+    (tmp_path / "universe_00001.h5").symlink_to(universes / "universe_00004.h5")
+    source, box = Cubes(tmp_path, 32, 0, 3), [slice(0, 32)] * 3
+    source.counts(0, box)
+    source.counts(2, box)
+    with pytest.raises(DataError, match=r"universe_00001\.h5 holds a universe of parameters .* Was the file renamed"):
+        source.counts(1, box)
+
+
 def test_the_48_symmetries_are_48_and_the_first_changes_nothing() -> None:
     cube = {"image": torch.arange(27).reshape(1, 3, 3, 3)}
     box = tuple(symmetries.transforms.whole((3, 3, 3)))

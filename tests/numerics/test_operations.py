@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from cases import KEYS, OPERATIONS, ranks_of, worker
+from cases import KEYS, OPERATIONS, is_ordinary, ranks_of, worker
 from harness_driver import Key, Record, run_all, verdict
 
 Runner = Callable[[Key], list[Record]]
@@ -46,7 +46,10 @@ _random = {case.name for case in OPERATIONS if case.reference == "one"}
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("key", KEYS, ids=["-".join(key) for key in KEYS])
+@pytest.mark.parametrize(
+    "key",
+    [pytest.param(key, id="-".join(key), marks=[] if is_ordinary(key) else pytest.mark.full) for key in KEYS],
+)
 def test_case(key: Key, runs: Runner) -> None:
     """Output, gradients, buffers, bytes: within the bounds."""
     problem = verdict(runs(key))
@@ -64,3 +67,5 @@ def test_the_matrix_is_wide_enough() -> None:
     assert len(names) >= 110
     ranks = Counter(ranks_of(key) for key in KEYS)
     assert all(ranks[count] >= 20 for count in (1, 2, 3, 4, 8)), ranks
+    four = {name for name, plan in KEYS if ranks_of((name, plan)) == 4}
+    assert four == {key[0] for key in KEYS if ranks_of(key) == 4 and is_ordinary(key)}  # without --full too

@@ -74,7 +74,7 @@ def fitted(seen: Array, targets: Array, ridge: float, asked: Array) -> Array:
 def errors(study: Study, universes: str, size: int) -> Errors:
     """The errors of the fit to cubes of `size`, on the held-out universes."""
     data = study.data
-    train, test = Cubes(universes, size, 0, data.train), Cubes(universes, size, data.train, data.test)
+    train, test = Cubes(universes, size, 0, data.train), Cubes(universes, size, data.first_test, data.test)
     seen, targets = of(train), train.targets.double().numpy()
     held = np.arange(len(seen)) % HELD == 0
     losses = [

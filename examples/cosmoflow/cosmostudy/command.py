@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from cosmostudy import baseline, report, scaling, scaling_figure, settings, study
+from cosmostudy import baseline, compare, report, scaling, scaling_figure, settings, study
 from cosmostudy.laws import laws
 from meshwright.cluster.cluster import Cluster
 from meshwright.errors import MeshwrightError, RankError
@@ -21,6 +21,7 @@ _EXAMPLES = """examples:
   examples/cosmoflow/run --report                     table and plots anew, of what is finished
   examples/cosmoflow/run --scaling                    seconds, bytes and memory of a step on 1 to 8 ranks
 
+  examples/cosmoflow/run --report --against runs/pilot    how much smaller the errors are than another study's
   examples/cosmoflow/run --set train.recipe=original --out runs/original      Adam and a linear decay
   examples/cosmoflow/run --print-settings > mine.yaml; examples/cosmoflow/run --config mine.yaml --out runs/mine
 
@@ -51,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--print-settings", action="store_true", help="print all settings as YAML, then end")
     add("--scaling", action="store_true", help="instead: measure how a step of the largest size scales with ranks")
     add("--report", action="store_true", help="train nothing: write the table and the plots of what is finished")
+    add("--against", type=Path, metavar="DIR", help="also: errors beside those of another study, on the same universes")
     return parser
 
 
@@ -70,7 +72,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if stopped:
                 print(f"stopped by signal {stopped}; the same command goes on where it was", file=sys.stderr)
                 return 128 + stopped
-        return _report(wanted, out) if Cluster.detect().rank == 0 else 0
+        return _report(wanted, out, args.against) if Cluster.detect().rank == 0 else 0
     except RankError as error:
         print(error.cause or error, file=sys.stderr)
         print(f"error: {str(error).partition(chr(10))[0]}", file=sys.stderr)
@@ -88,7 +90,7 @@ def _scaling(wanted: settings.Study, out: Path) -> int:
     return 0
 
 
-def _report(wanted: settings.Study, out: Path) -> int:
+def _report(wanted: settings.Study, out: Path, other: Path | None) -> int:
     found = study.finished(wanted, out)
     if not found:
         print(f"error: no training in {out} is finished", file=sys.stderr)
@@ -96,6 +98,8 @@ def _report(wanted: settings.Study, out: Path) -> int:
     said = laws(study.errors(found))
     linear = baseline.fit(wanted, study.universes_of(wanted, out), out)
     print(report.write(report.Results(wanted, found, linear, said), out))
+    if other is not None:
+        print(compare.against(found, other) + "\n")
     broken = [law for law in said if not law.holds]
     if broken:
         print(f"{len(broken)} of {len(said)} laws do not hold; nothing above is hidden", file=sys.stderr)

@@ -31,7 +31,8 @@ class Cubes:
     −1 … 1 over the ranges they were drawn from.
 
     What is read stays in memory, in blocks that end where chunks do, so nothing is decoded twice and no block is read
-    of which this rank needs nothing. Raises `DataError` for a folder without these universes.
+    of which this rank needs nothing. Raises `DataError` for a folder without these universes, and for a file that holds
+    another universe than its name says.
     """
 
     def __init__(self, folder: str | Path, size: int, first: int, count: int) -> None:
@@ -49,7 +50,7 @@ class Cubes:
         }
         ends = vars(self._settings.ranges).values()
         low, high = (np.array([end[at] for end in ends], np.float64) for at in (0, 1))
-        physical = np.array([self._settings.parameters(first + index).array() for index in range(count)])
+        self._parameters = physical = np.array([self._settings.parameters(first + i).array() for i in range(count)])
         spread = np.where(high > low, high - low, 1.0)
         self.targets = torch.from_numpy((2 * (physical - low) / spread - 1).astype(np.float32))  # [universes, 4]
         self._edge = max(BLOCK, self._settings.chunk)
@@ -127,7 +128,7 @@ class Cubes:
             if where not in self._blocks:
                 universe, at = where
                 if universe not in self._arrays:
-                    self._arrays[universe] = open_array(self._settings.image(self._folder, self._first + universe))
+                    self._arrays[universe] = self._opened(universe)
                 array = self._arrays[universe]
                 channels, *volume = array.shape
                 ends = [
@@ -138,3 +139,15 @@ class Cubes:
                 self._blocks[where] = values.astype(np.int16, copy=False)
                 self.stats += ReadStats(read_bytes, values.nbytes, values.nbytes, values.nbytes, values.nbytes)
             return self._blocks[where]
+
+    def _opened(self, universe: int) -> StoredArray:
+        """The counts of a universe, whose parameters are those that its number gives: a renamed file is found out."""
+        number = self._first + universe
+        path = self._settings.path(self._folder, number)
+        stored, wanted = open_array(f"{path}::parameters", dims=1).read([slice(0, 4)])[0], self._parameters[universe]
+        if not np.allclose(stored, wanted, rtol=1e-12, atol=0.0):
+            raise DataError(
+                f"{path} holds a universe of parameters {stored.tolist()}; universe {number} of "
+                f"{self._folder / universes.SETTINGS} has {wanted.tolist()}. Was the file renamed? Generate it anew"
+            )
+        return open_array(self._settings.image(self._folder, number))

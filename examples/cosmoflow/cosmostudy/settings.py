@@ -21,6 +21,7 @@ class Data:
     folder: str | None = None
     train: int = 1024
     test: int = 128
+    test_from: int | None = None  # number of the first universe held out; None: the one after those that train
     voxels: int = 64  # along each edge of a universe
     box_mpc: float = 256.0  # edge of a universe in Mpc/h
     particles: int = 2  # along each edge of a voxel
@@ -28,6 +29,16 @@ class Data:
     seed: int = 0
     workers: int | None = None  # processes that generate; None: one a core
     store_mib: int | None = None  # memory of the distributed store on each rank; None: a rank keeps what it has read
+
+    @property
+    def first_test(self) -> int:
+        """Number of the first universe that is held out."""
+        return self.train if self.test_from is None else self.test_from
+
+    @property
+    def count(self) -> int:
+        """Universes in the folder."""
+        return self.first_test + self.test
 
 
 @dataclass(frozen=True)
@@ -114,6 +125,8 @@ class Study:
         for key, value in whole.items():
             if value < 1:
                 raise ConfigError(f"{key} = {value}: at least 1 is needed")
+        if self.data.first_test < self.data.train:
+            raise ConfigError(f"data.test_from = {self.data.test_from}: universes before {self.data.train} train")
 
     @property
     def recipe(self) -> Recipe:

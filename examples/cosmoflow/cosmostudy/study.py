@@ -49,7 +49,7 @@ def prepare(study: Study, out: Path) -> str:
     if place.launcher != "local" and study.data.folder is None:
         raise ConfigError(
             f"under {place.launcher} universes are made before: generate.py --out DIR --count "
-            f"{study.data.train + study.data.test} --voxels {study.data.voxels} --box {study.data.box_mpc:g}, "
+            f"{study.data.count} --voxels {study.data.voxels} --box {study.data.box_mpc:g}, "
             "then --set data.folder=DIR"
         )
     out.mkdir(parents=True, exist_ok=True)
@@ -63,7 +63,7 @@ def prepare(study: Study, out: Path) -> str:
         return data.folder
     folder = Path(universes_of(study, out))
     settings = Settings(
-        seed=data.seed, count=data.train + data.test, voxels=data.voxels, box_mpc=data.box_mpc,
+        seed=data.seed, count=data.count, voxels=data.voxels, box_mpc=data.box_mpc,
         particles=data.particles, lpt=data.lpt,
     )  # fmt: skip
     if missing := len(missing_universes(settings, folder)):

@@ -92,7 +92,7 @@ class Trainer:
         self.device = default_device()
         data = study.data
         self.source = Cubes(universes, training.size, 0, data.train)
-        self.held_out = Cubes(universes, training.size, data.train, data.test)
+        self.held_out = Cubes(universes, training.size, data.first_test, data.test)
         self.model = network(study, training, self.source.fields["image"].sizes[0])
         saved = read.newest(folder / CHECKPOINTS)
         checkpoint = None
