@@ -123,13 +123,23 @@ def stacks(folder: Path, count: int = 12) -> list[str]:
     ]
 
 
+MOVING = ("augment.roll=[depth]", "augment.noise=0.1")
+
+
 def left_out(run: Path) -> int:
     found: int = json.loads((run / "summary.json").read_text())["left_out"]
     return found
 
 
-@pytest.mark.parametrize("more", [(), ("augment.roll=[depth]", "augment.noise=0.1")])
-@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [
+        pytest.param("d2", (), marks=pytest.mark.full),
+        ("n2", ()),
+        ("d2", MOVING),
+        pytest.param("n2", MOVING, marks=pytest.mark.full),
+    ],
+)
 def test_what_turns_out_bad_while_it_is_read_ahead_is_left_out_by_all(
     name: str, more: tuple[str, ...], tmp_path: Path
 ) -> None:
