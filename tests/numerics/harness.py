@@ -149,7 +149,7 @@ def outputs_of(result: Any) -> list[Tensor]:
 
 def build(case: Case, dtype: torch.dtype) -> tuple[nn.Module, list[list[Tensor]], torch.Generator]:
     """Module, inputs of each step, and the generator that draws the weights of the loss: equal on every rank."""
-    torch.manual_seed(case.seed())
+    torch.default_generator.manual_seed(case.seed())  # torch.manual_seed formats the stack for each kind of device
     module = case.make().to(dtype).train(case.training)
     generator = torch.Generator().manual_seed(case.seed() + 1)
     inputs = [[spec.draw(generator, dtype) for spec in case.inputs] for _ in range(case.steps)]
@@ -181,7 +181,9 @@ def run_parallel(case: Case, plan: mw.Plan) -> Outcome:
     """The same under `parallelize`, through nothing but the public interface."""
     plain, steps, generator = build(case, case.dtype)
     module = mw.parallelize(copy.deepcopy(plain), plan, strict=case.strict)
-    torch.manual_seed(case.seed() + (dist.get_rank() if dist.is_initialized() else 0))  # ranks need not agree
+    torch.default_generator.manual_seed(
+        case.seed() + (dist.get_rank() if dist.is_initialized() else 0)
+    )  # ranks need not agree
     out = Outcome()
     for inputs in steps:
         args = [
