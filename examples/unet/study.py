@@ -31,6 +31,7 @@ _ALL = (
     "optim.lr=0.01",
     "checkpoint.every=25",
     "train.validate_every=0",
+    "train.validate_norm=own",
     "data.held_out=0.2",
 )
 

@@ -85,6 +85,7 @@ class TrainConfig:
     cross_entropy: float = 1.0
     dice: float = 1.0
     validate_every: int = 50  # steps between validations; 0: only at the end
+    validate_norm: Literal["running", "own"] = "running"  # batch norm there: running averages, or each volume's own
 
 
 @dataclass(frozen=True)

@@ -144,3 +144,25 @@ def test_a_log_that_a_kill_has_cut_off_is_read_up_to_there(tmp_path: Path) -> No
     rundir.forget_after(log, 2)
     rundir.append(log, {"step": 3, "again": True})
     assert rundir.records(log) == [{"step": 1}, {"step": 2}, {"step": 3, "again": True}]
+
+
+def test_validation_with_the_statistics_of_each_volume_leaves_the_training_alone(
+    data: list[str], tmp_path: Path
+) -> None:
+    """The same under every plan, and the running averages stay what they were."""
+    words = [*data, "train.precision=fp64", "train.batch=1", "model.norm=batch", "train.validate_every=2"]
+    runs = {"running": ("train.validate_norm=running",), "own": ("train.validate_norm=own",)}
+    for name, more in runs.items():
+        train(job(words, *more), tmp_path / name)
+    train(job(words, *runs["own"], "plan.depth=2", ranks=2), tmp_path / "split")
+    assert losses(tmp_path / "own") == losses(tmp_path / "running")
+    assert bits(tmp_path / "own", STEPS) == bits(tmp_path / "running", STEPS)
+    own, running, split = (validations(tmp_path / name) for name in ("own", "running", "split"))
+    assert split == pytest.approx(own, rel=1e-9)
+    assert len(own) == STEPS // 2
+    assert all(abs(a - b) > 1e-4 for a, b in zip(own, running, strict=True))
+
+
+def validations(run: Path) -> list[float]:
+    """The loss of each validation."""
+    return [json.loads(line)["loss"] for line in (run / "validation.jsonl").read_text().splitlines()]

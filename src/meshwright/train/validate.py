@@ -24,7 +24,7 @@ _DIRECTIONS = "dhw"
 def validate(job: Job) -> tuple[float, tuple[float, ...]]:
     """Mean loss and mean Dice per class over the held-out volumes, each a global number."""
     losses, overlaps = [], []
-    with _evaluating(job.model):
+    with _evaluating(job.model, own=job.config.train.validate_norm == "own"):
         for index in range(len(job.validation.names)):
             batch = held_out(job, index)
             if batch is None:
@@ -42,7 +42,7 @@ def fullest_planes(job: Job) -> dict[str, np.ndarray[Any, Any]]:
 
     Collective. Each rank fills in what it owns and the planes are summed, so that no rank ever holds the volume.
     """
-    with _evaluating(job.model):
+    with _evaluating(job.model, own=job.config.train.validate_norm == "own"):
         index, batch = next(
             (index, batch) for index in range(len(job.validation.names)) if (batch := held_out(job, index)) is not None
         )
@@ -85,10 +85,21 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _evaluating(model: nn.Module, own: bool) -> Iterator[None]:
+    """Evaluation mode; `own`: batch norm takes mean and variance of the volume it sees, and keeps neither.
+
+    A network that saw one volume a step was trained on such numbers; averages over the steps are none of them.
+    """
     model.eval()
+    norms = [module for module in model.modules() if own and isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    tracking = [norm.track_running_stats for norm in norms]
+    for norm in norms:
+        norm.train()
+        norm.track_running_stats = False
     try:
         with torch.no_grad():
             yield
     finally:
+        for norm, tracked in zip(norms, tracking, strict=True):
+            norm.track_running_stats = tracked
         model.train()
