@@ -31,7 +31,6 @@ _ALL = (
     "optim.lr=0.01",
     "checkpoint.every=25",
     "train.validate_every=0",
-    "train.validate_norm=own",
     "data.held_out=0.2",
 )
 
@@ -55,7 +54,8 @@ def command(training: Training, args: argparse.Namespace, data: Path) -> list[st
     if parts > 1:
         settings += [f"augment.patch=[{training.edge}, {training.edge}, {training.edge}]", f"plan.data={args.ranks}"]
     else:
-        settings += [f"plan.depth={args.ranks}"]
+        # a step of one volume trains on that volume's own statistics: no running average is like them
+        settings += [f"plan.depth={args.ranks}", "train.validate_norm=own"]
     begin = [sys.executable, "-m", "meshwright", "train", "--ranks", str(args.ranks)]
     return begin + [word for setting in (*settings, *args.set) for word in ("--set", setting)]
 
