@@ -116,6 +116,7 @@ class Outside:
     make: Callable[[], nn.Module]
     shape: tuple[int, ...]
     plans: tuple[str, ...]
+    steps: int = 2  # of the optimiser
 
 
 SPACE, PLANE = ("d2", "d2h2", "d4"), ("h2", "h2w2", "n2h2")
@@ -135,7 +136,7 @@ MODELS = {
         (2, 1, 16, 16, 16),
         SPACE,
     ),
-    "monai_vnet": Outside(_monai("VNet", 3, 1, 2), (1, 1, 32, 16, 16), ("d2",)),  # 45 million parameters, fixed
+    "monai_vnet": Outside(_monai("VNet", 3, 1, 2), (1, 1, 32, 16, 16), ("d2",), steps=1),  # 45 million parameters
     "monai_dynunet": Outside(
         _monai("DynUNet", 3, 1, 2, (3, 3, 3), (1, 2, 2), (2, 2), filters=(4, 8, 16), res_block=True),
         (2, 1, 16, 16, 16),

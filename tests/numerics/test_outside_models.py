@@ -1,4 +1,4 @@
-"""Unmodified networks of others, two optimiser steps: output, gradients, buffers and weights of one device.
+"""Unmodified networks of others, after optimiser steps: output, gradients, buffers and weights of one device.
 
 A model runs under all plans of one number of ranks in one launch, and nothing of any of them is gathered.
 """
@@ -20,7 +20,6 @@ import meshwright as mw
 LIMIT = 1e-8  # fp64, a whole model
 SMALLEST = 1e-3  # weights and statistics below this are compared by their absolute difference
 SPREADS = 10  # times the difference between two orders of summation on one device
-STEPS = 2
 CASES = [(name, ranks) for name, found in MODELS.items() for ranks in sorted({plan_of(p).ranks for p in found.plans})]
 
 
@@ -40,9 +39,9 @@ def _step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor, turned:
     return found | {f"state {name}": whole(value) for name, value in model.state_dict().items()}
 
 
-def _trained(model: nn.Module, x: Tensor, turned: bool = False) -> list[dict[str, Tensor]]:
+def _trained(model: nn.Module, x: Tensor, steps: int, turned: bool = False) -> list[dict[str, Tensor]]:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.002, momentum=0.9)
-    return [_step(model, optimizer, x, turned) for _ in range(STEPS)]
+    return [_step(model, optimizer, x, turned) for _ in range(steps)]
 
 
 def _worst(found: list[dict[str, Tensor]], truths: list[dict[str, Tensor]]) -> tuple[float, str]:
@@ -65,15 +64,17 @@ def compare(name: str, ranks: int) -> dict[str, dict[str, float | str]]:
     torch.manual_seed(0)
     base = found.make().double()
     x = torch.randn(found.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    truths = _trained(copy.deepcopy(base), x)
+    truths = _trained(copy.deepcopy(base), x, found.steps)
     report: dict[str, dict[str, float | str]] = {}
     for key in (key for key in found.plans if plan_of(key).ranks == ranks):
         plan = plan_of(key)
         model = mw.parallelize(copy.deepcopy(base), plan)
-        off, where = _worst(_trained(model, mw.shard(x, plan)), truths)
+        off, where = _worst(_trained(model, mw.shard(x, plan), found.steps), truths)
         allowed = LIMIT
         if off > LIMIT:  # fifty normalised layers may amplify rounding: then one device's own spread decides
-            allowed = max(LIMIT, SPREADS * _worst(_trained(copy.deepcopy(base), x, turned=True), truths)[0])
+            allowed = max(
+                LIMIT, SPREADS * _worst(_trained(copy.deepcopy(base), x, found.steps, turned=True), truths)[0]
+            )
         gathered = sum(int(entry["gathered_bytes"]) for entry in mw.report(model))
         report[key] = {"error": off, "where": where, "allowed": allowed, "gathered_bytes": gathered}
     return report
