@@ -206,6 +206,8 @@ CASES = [
     case("prod", lambda x: x.prod(2), X2),
     case("histc", lambda x: (torch.histc(x, 8, -2, 2), torch.histc(x, 5)), X3, planes(20), grad=False),
     case("gather", lambda x: x.gather(2, some(x.shape, x.shape[2])), X3, 6),
+    case("gather_few", lambda x: x.mean((0, 1)).gather(0, torch.tensor([3, 17, 3, 20])), X1, planes(84), sample=True),
+    case("gather_none", lambda x: x.mean((0, 1)).gather(0, torch.tensor([], dtype=torch.long)), X1, planes(84)),
     case("gather_argmax", lambda x: x.gather(2, x.argmax(2, keepdim=True)), X2),
     case("take_along_dim", lambda x: torch.take_along_dim(x, x.argsort(2), 2), X2, 10),
     case("scatter_add", lambda x: torch.zeros_like(x).scatter_add_(2, some(x.shape, x.shape[2]), x), X3, 6),

@@ -33,7 +33,9 @@ COSTS: dict[str, Cost] = {
         f"{WINDOW}: ⌈(a + p − d·(k − 1)) / s⌉ … ⌊(b − 1 + p) / s⌋ less the own chunk; nothing for k = s", CHANNELS
     ),
     "dimwise": Cost(
-        f"nothing where the named dim is whole; else {SWAP}", "no other dim to move the split to: gathered"
+        f"nothing where the named dim is whole; else {SWAP}",
+        "no other dim to move the split to: gathered, but for lookups of few elements (their positions travel, and as "
+        "many elements)",
     ),
     "extremes": Cost(SUMS),
     "fourier": Cost(SWAP, "no other dim to move a split to: gathered"),

@@ -49,6 +49,7 @@ SCENARIOS = [
     Scenario("conversion_after", corners.conversion_after),
     Scenario("numbers", corners.numbers),
     Scenario("writes", corners.writes, plans=("d4", "d2h2", "n2d2")),
+    Scenario("beyond_the_end", corners.beyond_the_end, plans=("d4", "d2h2", "n2d2")),
     Scenario("same_bits", backward.same_bits, limit=0.0),
     Scenario("two_forwards", backward.two_forwards),
     Scenario("toggled", backward.toggled),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -216,3 +217,12 @@ def writes(plan: mw.Plan) -> Errors:
             continue
         errors[write.__name__] = error(whole(value), truth)
     return errors
+
+
+def beyond_the_end(plan: mw.Plan) -> Errors:
+    """A position outside a split line is torch's error on every rank, not a zero."""
+    line = mw.shard(sample(), plan).mean((0, 1, 3, 4))
+    for place in (-1, line.shape[0], line.shape[0] + 100):
+        with pytest.raises(RuntimeError, match="out of bounds"):
+            line.gather(0, torch.tensor([0, place]))
+    return {}

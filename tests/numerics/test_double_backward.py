@@ -37,18 +37,8 @@ def doubles(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return records
 
 
-KNOWN = {  # what is not right yet: named errors, no wrong numbers
-    (
-        "few_stack",
-        "d8",
-    ): "ranks without planes build another graph, so ranks meet in different layers: an ExchangeError",
-    ("along_hard_mining", "n2w2"): "the second derivative of topk over a split dim gathers, which strict=True refuses",
-}
-
-
 def _marks(key: Key) -> list[pytest.MarkDecorator]:
-    known = [pytest.mark.xfail(reason=KNOWN[key], strict=True)] if key in KNOWN else []
-    return known if is_ordinary(key) else [*known, pytest.mark.full]
+    return [] if is_ordinary(key) else [pytest.mark.full]
 
 
 @pytest.mark.timeout(900)

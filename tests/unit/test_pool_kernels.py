@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -61,3 +62,28 @@ def test_other_inputs_take_torchs_kernel() -> None:
     torch.testing.assert_close(average(x, boxes._replace(divisor=5)), F.avg_pool3d(x, 2, divisor_override=5))
     line = torch.randn(2, 3, 9)
     torch.testing.assert_close(average(line, Boxes((3,), (2,), (1,), False, 3)), F.avg_pool1d(line, 3, 2, 1))
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("divisor", [8, 5])
+def test_every_kernel_leaves_the_same_graph(dims: int, divisor: int) -> None:
+    """The gradient of a linear operator does not lead back to its input, whichever kernel a rank takes: ranks with
+    another graph would meet in other layers during a second backward."""
+    x = torch.randn(1, 3, *(6,) * dims, dtype=torch.float64)
+    boxes = Boxes((2,) * dims, (2,) * dims, (0,) * dims, False, divisor)
+    for given_x in (x, x.to(memory_format=LAST) if dims == 3 else x.clone(), x[..., ::2]):
+        leaf = given_x.detach().requires_grad_()
+        y = average(leaf, boxes)
+        plain = POOL[dims](leaf, *boxes[:4], True)
+        torch.testing.assert_close(y, plain * (2**dims / divisor))
+        weights = torch.randn_like(y).requires_grad_()
+        for weight, leads_back in ((weights.detach(), False), (weights, True)):
+            (gradient,) = torch.autograd.grad((y * weight).sum(), leaf, create_graph=True, retain_graph=True)
+            assert gradient.requires_grad == leads_back
+            (want,) = torch.autograd.grad((plain * weight).sum() * (2**dims / divisor), leaf, retain_graph=True)
+            torch.testing.assert_close(gradient.detach(), want)
+            found = [] if not leads_back else torch.autograd.grad(gradient.sum(), [leaf, weights], allow_unused=True)
+            assert not found or (found[0] is None and found[1] is not None)
+
+
+POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}

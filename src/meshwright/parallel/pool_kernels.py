@@ -3,6 +3,9 @@
 It copies such an input to the default format and gives the default format back, by which all that follows leaves the
 fast kernels too (an activation's gradient alone took five times as long). Sums over boxes are sums over lines, so here
 the last two dims are pooled as a channels_last image, the first one after them on what is left.
+
+Which kernel is taken depends on how a rank's part lies in memory, so both hide behind one Function: torch's own would
+leave another graph of second gradients (a zero for its input) than ours, and ranks would meet in different layers.
 """
 
 from __future__ import annotations
@@ -16,7 +19,8 @@ from torch.autograd import Function
 
 from meshwright.parallel.kernels import memory_format
 
-_AVG: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
+_POOL: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
+_BACKWARD: dict[int, Any] = {2: torch.ops.aten.avg_pool2d_backward, 3: torch.ops.aten.avg_pool3d_backward}
 MOST_TAPS = 4  # of a kernel along one dim: the gradient passes over the input once a tap
 
 
@@ -31,13 +35,15 @@ class Boxes(NamedTuple):
 
 
 def average(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
-    """Sums over windows (zeros outside) by one divisor; `x` is [N, C, *space]. Differentiable, twice too."""
-    kernel, stride, pads, ceil, divisor = boxes
+    """Sums over windows (zeros outside) by one divisor; `x` is [N, C, *space]. Differentiable, twice too.
+
+    Autocast is not seen: the result has the dtype of `x`.
+    """
     if x.ndim == 3:  # torch's 1-D form has no divisor, so it is 2-D of height 1
-        return F.avg_pool2d(x.unsqueeze(-2), (1, *kernel), (1, *stride), (0, *pads), ceil, True, divisor).squeeze(-2)
-    if _is_separable(x, boxes):
-        return Average.apply(x, boxes)
-    return _AVG[x.ndim - 2](x, kernel, stride, pads, ceil, True, divisor)
+        kernel, stride, pads, ceil, divisor = boxes
+        high = Boxes((1, *kernel), (1, *stride), (0, *pads), ceil, divisor)
+        return average(x.unsqueeze(-2), high).squeeze(-2)
+    return Average.apply(x, boxes)
 
 
 def _is_separable(x: torch.Tensor, boxes: Boxes) -> bool:
@@ -55,25 +61,36 @@ def _is_separable(x: torch.Tensor, boxes: Boxes) -> bool:
 
 
 class Average(Function):
-    """Average pooling of a channels_last_3d volume; its gradient is `Spread`, whose gradient is `Average` again."""
+    """Average pooling; its gradient is `Spread`, whose gradient is `Average` again."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
-        ctx.boxes, ctx.space = boxes, tuple(x.shape[2:])
+        ctx.boxes, ctx.shape, ctx.format = boxes, tuple(x.shape), memory_format(x)
+        if not _is_separable(x, boxes):
+            with torch.autocast(x.device.type, enabled=False):
+                return _POOL[x.ndim - 2](x, *boxes[:4], True, boxes.divisor)
         y = _image_pooled(x, boxes) if max(boxes.kernel[1:]) > 1 or max(boxes.stride[1:]) > 1 else x
         return _depth_pooled(y, boxes) if boxes.kernel[0] > 1 or boxes.stride[0] > 1 else y.clone() if y is x else y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return Spread.apply(grad, ctx.boxes, ctx.space), None
+        return Spread.apply(grad, ctx.boxes, ctx.shape, ctx.format), None
 
 
 class Spread(Function):
     """The adjoint of `Average`: every result hands its share to the positions of its window."""
 
     @staticmethod
-    def forward(ctx: Any, grad: torch.Tensor, boxes: Boxes, space: tuple[int, ...]) -> torch.Tensor:
-        ctx.boxes = boxes
+    def forward(
+        ctx: Any, grad: torch.Tensor, boxes: Boxes, shape: tuple[int, ...], layout: torch.memory_format
+    ) -> torch.Tensor:
+        ctx.boxes, ctx.format = boxes, layout
+        like = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=layout)  # never read or written
+        if not _is_separable(like, boxes):
+            given = grad.contiguous(memory_format=layout)
+            found: torch.Tensor = _BACKWARD[grad.ndim - 2](given, like, *boxes[:4], True, boxes.divisor)
+            return found
+        space = shape[2:]
         out = grad.contiguous(memory_format=torch.channels_last_3d) / boxes.divisor
         for dim in (4, 3, 2):  # the outermost last: the tensor is largest then, and its planes lie together
             kernel, stride, pad = (v[dim - 2] for v in (boxes.kernel, boxes.stride, boxes.pads))
@@ -83,7 +100,7 @@ class Spread(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return Average.apply(grad.contiguous(memory_format=torch.channels_last_3d), ctx.boxes), None, None
+        return Average.apply(grad.contiguous(memory_format=ctx.format), ctx.boxes), None, None, None
 
 
 def _image_pooled(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:

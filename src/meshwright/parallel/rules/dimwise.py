@@ -6,12 +6,13 @@ Plain local work where those dims are whole. Where they are split, the splits mo
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from meshwright.parallel.comm import all_gather_stack
-from meshwright.parallel.layout import axis_of, moved, splits
+from meshwright.parallel.comm import Cause, all_gather_stack
+from meshwright.parallel.layout import PARTIAL, REPLICATE, axis_of, moved, splits
 from meshwright.parallel.mesh import coordinates, sizes
 from meshwright.parallel.operators import cause_of, mutable, operator, placed, reshard
 from meshwright.parallel.rules.aside import aside, away, home, run_aside, whole_dims
@@ -163,10 +164,11 @@ def gather_scatter(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     else:
         there = aside(reference, {dim % x.ndim, *uneven}, cause)
-        if there is None and func is not aten.gather.default and reference is not x and reference is index:
+        small = reference is not x and math.prod(reference.shape) <= math.prod(x.shape)
+        if there is None and func is not aten.gather.default and small:
             there = reshard(reference, range(x.ndim), cause)  # no larger than `x`, which every rank holds whole
         if there is None:
-            return NotImplemented
+            return _answered(x, dim % x.ndim, index, uneven, cause) if func is aten.gather.default else NotImplemented
     target, mesh = tuple(there._spec.placements), reference._spec.mesh
     if mutable(func) and (not is_mesh(x) or tuple(x._spec.placements) != target):
         return NotImplemented
@@ -180,3 +182,27 @@ def gather_scatter(func: Any, args: Any, kwargs: Any) -> Any:
 
     out = func(*(part(a) for a in args), **kwargs)
     return x if mutable(func) else home(resized(out, there), tuple(reference._spec.placements), cause)
+
+
+def _answered(x: Any, dim: int, index: Any, uneven: list[int], cause: Cause) -> Any:
+    """Few elements of a line that has nowhere else to be split: every rank is asked for all, and the answers add up.
+
+    What travels are the positions and as many elements, so it is not done where they are more than `x` has.
+    """
+    few = math.prod(index.shape) <= math.prod(x.shape)
+    if not is_mesh(x) or x.dtype == torch.bool or not few or set(uneven) - {dim}:
+        return NotImplemented
+    mesh, placements, shape = parts(x)
+    axis = axis_of(placements, dim)
+    if axis is None:
+        return NotImplemented
+    own = chunk(shape[dim], sizes(mesh)[axis], coordinates(mesh)[axis])
+    whole = tuple(REPLICATE if a == axis else p for a, p in enumerate(placements))
+    asked = placed(index, whole, cause) if is_mesh(index) else cut(index, whole, mesh)
+    mine, somebodys = (asked >= own.lo) & (asked < own.hi), (asked >= 0) & (asked < shape[dim])
+    held = x._local_tensor if own.size else x._local_tensor.new_zeros([n or 1 for n in x._local_tensor.shape])
+    places = torch.where(somebodys, torch.where(mine, asked - own.lo, 0), asked)  # beyond `x`: torch's error
+    answer = held.gather(dim, places).masked_fill(~mine, 0)
+    summands = tuple(PARTIAL if a == axis else p for a, p in enumerate(placements))
+    found = wrap(answer, mesh, summands, tuple(index.shape), x._ledger)
+    return home(found, placements, cause)

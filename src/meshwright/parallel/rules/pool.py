@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 from meshwright.parallel.functions import function, tuple_of
 from meshwright.parallel.pool_kernels import Boxes, average
-from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, unravelled
+from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, result_dtype, unravelled
 from meshwright.parallel.tensor import wrap
 from meshwright.plan.geometry import Interval, chunks, pools_early, reached
 
@@ -76,10 +76,11 @@ def _pooled(
     grids: Sequence[Grid],
     fill: float,
     plain: Callable[[torch.Tensor, tuple[int, ...], bool], tuple[torch.Tensor, ...]],
+    single: Callable[[torch.Tensor], torch.Tensor],
 ) -> tuple[list[torch.Tensor], list[Interval]]:
     """This rank's outputs of `plain(window, padding, ceil_mode)`, and where the window lies along each dim (explicit
-    padding is part of it); without outputs there is the first alone."""
-    n, before, after, lows = len(grids), [0] * len(grids), [0] * len(grids), [0] * len(grids)
+    padding is part of it); without outputs there is the first alone, made by `single`: the operator on one element."""
+    before, after, lows = [0] * len(grids), [0] * len(grids), [0] * len(grids)
     target = space.local_shape(out_shape)
     for i, grid in enumerate(grids):
         size, line = space.shape[i + 2], space.line(i + 2)
@@ -91,7 +92,7 @@ def _pooled(
         lows[i] = inside.lo
         local = fetch_windows(local, size, [window for window, _, _ in windows], line)
     if 0 in target:
-        return [nothing(local, target, lambda one: (_AVG if fill == 0 else _MAX)[n](one, 1))], []
+        return [nothing(local, target, single)], []
 
     def fits(ceil: bool) -> list[tuple[int, int] | None]:
         return [grid.fit(local.shape[i + 2], before[i], target[i + 2], ceil) for i, grid in enumerate(grids)]
@@ -144,6 +145,7 @@ def max_pool(
         grids,
         -math.inf,
         lambda window, pads, ceil: _tuple(_MAX[n](window, kernel, stride, pads, dilation, ceil, return_indices)),
+        lambda one: _MAX[n](one, 1),
     )
     y = space.done(outs[0], out_shape)
     if not return_indices:
@@ -221,13 +223,15 @@ def avg_pool(
             input = avg_pool(n, input, k, s, p, ceil_mode, count_include_pad, override)
         return input
     divisor = divisor_override or math.prod(kernel)
+    dtype = result_dtype(local, lambda one: _AVG[n](one, 1))
     (y, *_), _ = _pooled(
         space,
         local,
         out_shape,
         grids,
         0.0,
-        lambda window, p, ceil: (average(window, Boxes(kernel, strides, p, ceil, divisor)),),
+        lambda window, p, ceil: (average(window.to(dtype), Boxes(kernel, strides, p, ceil, divisor)),),
+        lambda one: average(one.to(dtype), Boxes((1,) * n, (1,) * n, (0,) * n, False, 1)),
     )
     if not divisor_override and y.numel():
         y = _scaled(space, y, out_shape, grids, count_include_pad)
