@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from meshwright.parallel import matrix_conv
+
 CLIFF = 20480  # torch leaves oneDNN for fp32 on CPU where N == 1 and N * C * (first two spatial dims) is at most this
 
 
@@ -114,6 +116,17 @@ def widened(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and _slow_halves()
 
 
+def as_matrix(x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int]) -> bool:
+    """Whether a convolution with these outputs is computed as a matrix product."""
+    return matrix_conv.is_matrix(x, weight, conv, out_sizes) and not widened(x)
+
+
+def _ordered(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """`y` in the memory order that torch gives: channels_last where the input or the weight is."""
+    last = memory_format(x) if memory_format(weight) is torch.contiguous_format else memory_format(weight)
+    return y.contiguous(memory_format=last)
+
+
 def _half_written(x: torch.Tensor, weight: torch.Tensor, conv: Conv, alike: Sequence[int]) -> bool:
     """Whether torch's bf16 weight gradient holds memory that nobody wrote: on the CPU, of a volume in channels_last_3d
     that is thinner than a padded kernel (torch 2.13.0; 3 taps on 2 planes are enough)."""
@@ -132,6 +145,8 @@ def conv_forward(
     out_sizes: Sequence[int],
 ) -> torch.Tensor:
     """`x` [N, C, *spatial] → [N, F, *out_sizes]: the first `out_sizes` positions of the padded convolution."""
+    if as_matrix(x, weight, conv, out_sizes):
+        return _ordered(matrix_conv.forward(x, weight, bias, conv, pads, out_sizes), x, weight)
     plan = [_Pad.of(before, after, stride) for (before, after), stride in zip(pads, conv.stride, strict=True)]
     x = _spatial_pad(x, plan)
     alike = [pad.alike for pad in plan]
@@ -176,6 +191,11 @@ def conv_backward(
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of `conv_forward` for input, weight and bias, as far as `mask` asks for them."""
+    if as_matrix(x, weight, conv, grad.shape[2:]):
+        d_x = matrix_conv.input_gradient(grad, x.shape, weight, conv, pads) if mask[0] else None
+        d_weight = matrix_conv.weight_gradient(grad, x, weight, conv, pads) if mask[1] else None
+        d_bias = grad.sum((0, *range(2, grad.ndim))) if mask[2] else None
+        return None if d_x is None else _ordered(d_x, x, weight), d_weight, d_bias
     plan = [_Pad.of(before, after, stride) for (before, after), stride in zip(pads, conv.stride, strict=True)]
     padded = _spatial_pad(x, plan)
     surplus = []

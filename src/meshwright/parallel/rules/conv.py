@@ -22,7 +22,7 @@ from meshwright.parallel.functions import (
     placements_of,
     tuple_of,
 )
-from meshwright.parallel.kernels import Conv
+from meshwright.parallel.kernels import Conv, as_matrix
 from meshwright.parallel.layout import axis_of, local_shape, split_axes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
 from meshwright.parallel.rules.halo import Cut
@@ -80,6 +80,7 @@ def conv(
     # A thin convolution reorders the weight anew, which costs more than laying planes next to a part that is smaller;
     # in halves it stays, for torch's weight gradient of some such windows holds memory that nobody wrote.
     light = weight.numel() <= local.numel() or local.dtype in (torch.bfloat16, torch.float16)
+    light = light and not as_matrix(local, w, Conv(stride, dilation, groups), local_out)
     hidden = light and all(_is_thin(cut, stride[cut.dim - 2]) for cut in cuts)
     for cut in cuts:
         have, want = cut.owned[cut.line.me], cut.wanted[cut.line.me]
