@@ -37,9 +37,8 @@ def affine(
     """A weight or bias as a local tensor that broadcasts as `view`: whole, or cut where it spans a split dim."""
     if value is None:
         return None
-    value = value.reshape(list(view))
-    seen = aligned(placements, tuple(view), shape)
-    return cut(to_local(replicate(value, cause), axes), seen, value._spec.mesh)  # its gradient: a summand
+    local = to_local(replicate(value, cause), axes).view(list(view))  # its gradient: a summand
+    return cut(local, aligned(placements, tuple(view), shape), value._spec.mesh)
 
 
 def _standardize(
@@ -118,7 +117,10 @@ def _update(running: Any, value: torch.Tensor, momentum: float) -> None:
     with torch.no_grad():
         local = running._local_tensor
         local.lerp_(value.flatten().to(local.dtype), momentum)
-        running.add_(0)  # the mesh tensor was written to: its version moves on
+        if running._frozen_view or running.is_inference():
+            running.add_(0)  # a copy goes home
+        else:
+            torch.autograd.graph.increment_version(running)  # as a write to the mesh tensor does
 
 
 @function(F.instance_norm, torch.instance_norm)
