@@ -14,6 +14,7 @@ SCENARIOS = [
     Scenario("checkpoint_dropout", flow.recompute_dropout),
     Scenario("autocast_bf16", flow.autocast_bf16, limit=0.0),
     Scenario("module_bf16", flow.module_bf16, limit=0.0),
+    Scenario("norms_in_halves", flow.norms_in_halves, plans=("n2d2", "d4", "d2h2", "d8", "d3"), limit=0.0),
     Scenario("channels_last_3d", flow.channels_last, plans=("d4", "h4", "d2h2", "n2d2"), limit=0.0),
     Scenario("no_grad_eval", flow.no_grad_eval),
     Scenario("inference_mode", flow.inference_mode),

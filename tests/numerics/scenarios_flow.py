@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from harness import whole
-from scenario_kit import Errors, against, gradients, net, objective, sample, trained
+from scenario_kit import Errors, against, gradients, net, objective, sample, state, trained
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -77,6 +78,41 @@ def module_bf16(plan: mw.Plan) -> Errors:
     ours = against(trained(module, mw.shard(x, plan)), truth)
     own = against(one, truth)
     return {name: max(0.0, ours[name] / max(2 * own[name], 2e-2) - 1) for name in truth}
+
+
+def norms_in_halves(plan: mw.Plan) -> Errors:
+    """Batch and instance norm in half precision, far from zero too: the distance to fp64 is twice that of one device,
+    for output, gradients and running statistics."""
+    errors: Errors = {}
+    for dtype, samples, last, mean in itertools.product(HALVES, (1, 2), (False, True), (0.0, 30.0)):
+        for kind in (nn.BatchNorm3d, nn.InstanceNorm3d):
+            torch.manual_seed(3)
+            plain = kind(4, affine=True, track_running_stats=True)
+            nn.init.uniform_(plain.weight, 0.5, 1.5)
+            nn.init.normal_(plain.bias)
+            module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
+            x, g = (torch.randn(samples, 4, 5, 6, 7) for _ in range(2))
+            x, g = (x + mean).to(dtype), g.to(dtype)
+            if last:
+                x, g = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, g))
+            found = []
+            for model in (copy.deepcopy(plain).double(), plain, module):
+                # torch's own gradient of instance norm of one sample is wrong for channels_last gradients (2.13.0, CPU)
+                grad = g if model is module else g.contiguous()
+                value, grad = (t.double() for t in (x, grad)) if not found else (x, grad)
+                value = (mw.shard(value, plan) if model is module else value).detach().requires_grad_()
+                y = model(value)
+                (y * (mw.shard(grad, plan) if model is module else grad)).sum().backward()
+                found.append({"output": whole(y), "input": whole(value.grad), **gradients(model), **state(model)})
+            truth, *tried = [{k: v for k, v in part.items() if v.is_floating_point()} for part in found]
+            one, ours = (against(part, truth) for part in tried)
+            name = f"{kind.__name__} {dtype} {samples} {last} {mean}"
+            errors |= {f"{name} {k}": max(0.0, ours[k] / max(2 * one[k], LEAST[dtype]) - 1) for k in truth}
+    return errors
+
+
+HALVES = (torch.bfloat16, torch.float16)
+LEAST = {torch.bfloat16: 2**-7, torch.float16: 2**-10}  # one unit in the last place
 
 
 def channels_last(plan: mw.Plan) -> Errors:

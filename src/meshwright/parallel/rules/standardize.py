@@ -7,15 +7,16 @@ The gradient is that of Ioffe and Szegedy (2015), section 3, with sums over all 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
+from meshwright.parallel import norm_kernels
 from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.kernels import memory_format
+from meshwright.parallel.norm_kernels import is_half, is_per_channel
 from meshwright.parallel.rules.reduce import merge_moments
 
 
@@ -37,11 +38,6 @@ class Total(Function):
         return Total.apply(grad, *ctx.constants), None, None, None
 
 
-def _per_channel(x: torch.Tensor, dims: Sequence[int]) -> bool:
-    """Whether torch's batch-norm kernels apply: statistics of dim 1 over all others, on a part that is not empty."""
-    return x.ndim >= 2 and list(dims) == [0, *range(2, x.ndim)] and x.numel() > 0
-
-
 def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
     """`x` (wide) less a value near its mean, that value, and the local mean and squared deviations (fp64; dims kept).
 
@@ -50,7 +46,7 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
     here = math.prod(x.shape[dim] for dim in dims)
     near = x.sum(dims, keepdim=True) / max(1, here)
     centred = x - near
-    if _per_channel(x, dims):
+    if is_per_channel(x, dims):
         rest, var = (m.double().view(near.shape) for m in torch.batch_norm_update_stats(centred, None, None, 0.0))
         return centred, near, near + rest, var * here
     rest = centred.sum(dims, keepdim=True).double() / max(1, here)
@@ -60,7 +56,7 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
 
 def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """The sums of `g` and of `g * centred` over `dims` (kept), stacked, in fp64."""
-    if _per_channel(g, dims):
+    if is_per_channel(g, dims):
         # torch 2.13.0 reads one of the two in the other's memory order where these differ (CPU)
         order = memory_format(centred)
         g, centred = g.contiguous(memory_format=order), centred.contiguous(memory_format=order)
@@ -68,9 +64,16 @@ def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]
         _, product, total = torch.ops.aten.native_batch_norm_backward(
             g, centred, None, zero, one, None, None, False, 0.0, [False, True, True]
         )
-        view = [1, -1, *(1 for _ in dims[1:])]
+        view = [1, -1, *(1 for _ in g.shape[2:])]
         return torch.stack([total.double().view(view), product.double().view(view)])
     return torch.stack([t.sum(dims, keepdim=True).double() for t in (g, g * centred)])
+
+
+def _moments(x: torch.Tensor, here: int) -> tuple[torch.Tensor, ...]:
+    """What `_centred` gives of a tensor in half precision, which stays as it is."""
+    view = [1, -1, *(1 for _ in x.shape[2:])]
+    near, var = (t.view(view) for t in norm_kernels.moments(x))
+    return x, near, near.double(), var.double() * here
 
 
 class Standardize(Function):
@@ -96,14 +99,18 @@ class Standardize(Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = wide_dtype(x)
         here = math.prod(x.shape[dim] for dim in dims)
-        y, near, mean64, deviation = _centred(x.to(wide), dims)
+        half = even and is_half(x, dims)
+        y, near, mean64, deviation = _moments(x, here) if half else _centred(x.to(wide), dims)
         mean64, deviation = merge_moments(mean64, deviation, here, mesh, axes, cause)
         var64 = deviation / max(1, count)
         shift, rstd = (mean64 - near).to(wide), (var64 + eps).rsqrt().to(wide)
         if even:
             scale = rstd if weight is None else rstd * weight.to(wide)
             moved = -shift * scale if bias is None else bias.to(wide) - shift * scale
-            torch.addcmul(moved, y, scale, out=y)
+            if half:
+                y = norm_kernels.scaled(x, *(t.flatten() for t in (near, scale, moved)))
+            else:
+                torch.addcmul(moved, y, scale, out=y)
         else:
             y.sub_(shift).mul_(rstd if weight is None else rstd * weight.to(wide))
             if bias is not None:
@@ -121,7 +128,12 @@ class Standardize(Function):
         dims, even, count, mesh, axes, cause, bias_shape = ctx.constants
         x, weight, near, shift, rstd, _ = ctx.saved_tensors
         wide, rest = wide_dtype(x), (None,) * 7
-        g, centred = grad.to(wide), x.to(wide) - near
+        half = even and is_half(x, dims)
+        if half:
+            pair = norm_kernels.gradient_sums(grad, x, near.flatten())
+            first, second = (t.double().view(near.shape) for t in pair)
+        else:
+            g, centred = grad.to(wide), x.to(wide) - near
         if not even:
             normal = (centred - shift).mul_(rstd)
             d_bias = None if bias_shape is None else g.sum_to_size(bias_shape)
@@ -135,7 +147,8 @@ class Standardize(Function):
             first, second = all_reduce(sums, mesh, axes, cause) / max(1, count)
             d_x = normal.mul_(-second).add_(g).sub_(first).mul_(rstd)
             return d_x.to(x.dtype), d_weight, d_bias, *rest
-        first, second = _gradient_sums(g, centred, dims)
+        if not half:
+            first, second = _gradient_sums(g, centred, dims)
         second = (second - first * shift) * rstd  # over g and g * normal
         d_bias = None if bias_shape is None else _summed_to(first, bias_shape).to(wide)
         d_weight = None if weight is None else _summed_to(second, tuple(weight.shape)).to(weight.dtype)
@@ -146,7 +159,11 @@ class Standardize(Function):
         scale = rstd.double() if weight is None else rstd.double() * weight
         slope = -scale * second * rstd
         level = -scale * first - slope * shift
-        d_x = torch.addcmul(level.to(wide), centred, slope.to(wide), out=centred).addcmul_(g, scale.to(wide))
+        scale, slope, level = (t.to(wide) for t in (scale, slope, level))
+        if half:
+            per_channel = (t.flatten() for t in (near, scale, slope, level))
+            return norm_kernels.input_gradient(grad, x, *per_channel), d_weight, d_bias, *rest
+        d_x = torch.addcmul(level, centred, slope, out=centred).addcmul_(g, scale)
         return d_x.to(x.dtype), d_weight, d_bias, *rest
 
 

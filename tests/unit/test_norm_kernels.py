@@ -1,0 +1,60 @@
+"""Batch norm of half precision by torch's kernels with given statistics, against fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meshwright.parallel import norm_kernels
+
+EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit in the last place, relative
+SHAPES = [(2, 5, 7), (3, 4, 6, 5), (1, 6, 4, 5, 6), (2, 3, 1, 1, 2)]
+
+
+def drawn(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> torch.Tensor:
+    x = (torch.randn(shape) * 3 + 5).to(dtype)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return x.contiguous(memory_format=formats[len(shape)]) if last and len(shape) in formats else x
+
+
+@pytest.mark.parametrize("dtype", EPS)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("lasts", [(False, False), (True, True), (True, False), (False, True)])
+def test_against_fp64(dtype: torch.dtype, shape: tuple[int, ...], lasts: tuple[bool, bool]) -> None:
+    """Every function, also where the gradient lies in another memory order than the input."""
+    torch.manual_seed(0)
+    x, grad = drawn(shape, dtype, lasts[0]), drawn(shape, dtype, lasts[1])
+    dims, view = [0, *range(2, len(shape))], [1, -1, *(1 for _ in shape[2:])]
+    assert norm_kernels.is_half(x, dims)
+    wide, g = x.double(), grad.double()
+    for ours, exact in zip(norm_kernels.moments(x), (wide.mean(dims), wide.var(dims, correction=0)), strict=True):
+        assert ours.dtype == torch.float32
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
+    near, scale, slope, level = torch.randn(4, shape[1])
+    off = wide - near.double().view(view)
+
+    def per(t: torch.Tensor) -> torch.Tensor:
+        return t.double().view(view)
+
+    y, want = norm_kernels.scaled(x, near, scale, level), off * per(scale) + per(level)
+    assert y.dtype == dtype
+    assert y.stride() == x.stride()
+    assert ((y.double() - want).abs() <= EPS[dtype] * want.abs() + 1e-4).all()
+    total, product = norm_kernels.gradient_sums(grad, x, near)
+    torch.testing.assert_close(total.double(), g.sum(dims), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(product.double(), (g * off).sum(dims), rtol=1e-4, atol=1e-2)
+    d_x = norm_kernels.input_gradient(grad, x, near, scale, slope, level)
+    parts = g * per(scale), off * per(slope) + per(level)
+    bound = EPS[dtype] * (parts[0].abs() + parts[1].abs() + (parts[0] + parts[1]).abs()) + 1e-4
+    assert ((d_x.double() - parts[0] - parts[1]).abs() <= bound).all()
+
+
+def test_where_they_apply() -> None:
+    """Per channel, in halves, on parts that are not empty; of one sample without its dim, where it is dense."""
+    x = torch.empty(1, 4, 6, 5, 3, dtype=torch.bfloat16)
+    assert norm_kernels.is_half(x, (2, 3, 4))
+    assert not norm_kernels.is_half(x.expand(2, -1, -1, -1, -1), (2, 3, 4))
+    assert not norm_kernels.is_half(x[:, :, ::2], (2, 3, 4))
+    assert not norm_kernels.is_half(x, (1, 2, 3, 4))
+    assert not norm_kernels.is_half(x[:, :, :0], (0, 2, 3, 4))
+    assert not norm_kernels.is_half(x.float(), (0, 2, 3, 4))
