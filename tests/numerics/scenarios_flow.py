@@ -92,7 +92,7 @@ def norms_in_halves(plan: mw.Plan) -> Errors:
             nn.init.normal_(plain.bias)
             module = mw.parallelize(copy.deepcopy(plain), plan, strict=True)
             x, g = (torch.randn(samples, 4, 5, 6, 7) for _ in range(2))
-            x, g = (x + mean).to(dtype), g.to(dtype)
+            x, g = (x + mean).to(dtype), (g + mean).to(dtype)
             if last:
                 x, g = (t.contiguous(memory_format=torch.channels_last_3d) for t in (x, g))
             found = []

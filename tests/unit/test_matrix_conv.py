@@ -100,6 +100,22 @@ def test_halves_round_once(always: None, last: bool) -> None:
     assert memory_format(found[0]) is (torch.channels_last if last else torch.contiguous_format)
 
 
+def test_as_torch_lays_them_out(always: None) -> None:
+    """A contiguous kernel of one tap is channels_last, too, and decides nothing; nor does autocast around backward."""
+    x, weight = torch.randn(1, 8, 4, 4), torch.randn(6, 8, 1, 1)
+    conv, pads = Conv((1, 1), (1, 1), 1), [(0, 0), (0, 0)]
+    grad = torch.randn(1, 6, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = conv_forward(x, weight, None, conv, pads, (4, 4))
+        d_x, d_weight, _ = conv_backward(grad, x, weight, conv, pads, (True, True, False))
+    assert d_x is not None
+    assert d_weight is not None
+    assert y.is_contiguous()
+    assert d_x.is_contiguous()
+    assert {t.dtype for t in (y, d_x, d_weight)} == {torch.float32}
+    torch.testing.assert_close(y, F.conv2d(x, weight))
+
+
 def test_which_convolutions() -> None:
     """Large weights at few positions, without groups, on the CPU."""
     weight, conv = torch.empty(512, 512, 3, 3), Conv((1, 1), (1, 1), 1)

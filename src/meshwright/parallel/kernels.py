@@ -122,9 +122,11 @@ def as_matrix(x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequ
 
 
 def _ordered(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """`y` in the memory order that torch gives: channels_last where the input or the weight is."""
-    last = memory_format(x) if memory_format(weight) is torch.contiguous_format else memory_format(weight)
-    return y.contiguous(memory_format=last)
+    """`y` in the memory order that torch gives: channels_last where the input or the weight is that alone."""
+    formats = [memory_format(t) for t in (x, weight) if not t.is_contiguous()]
+    return y.contiguous(
+        memory_format=next((f for f in formats if f is not torch.contiguous_format), None) or torch.contiguous_format
+    )
 
 
 def _half_written(x: torch.Tensor, weight: torch.Tensor, conv: Conv, alike: Sequence[int]) -> bool:
@@ -146,7 +148,8 @@ def conv_forward(
 ) -> torch.Tensor:
     """`x` [N, C, *spatial] → [N, F, *out_sizes]: the first `out_sizes` positions of the padded convolution."""
     if as_matrix(x, weight, conv, out_sizes):
-        return _ordered(matrix_conv.forward(x, weight, bias, conv, pads, out_sizes), x, weight)
+        with torch.autocast(x.device.type, enabled=False):  # the rules have cast already; backward keeps its dtype
+            return _ordered(matrix_conv.forward(x, weight, bias, conv, pads, out_sizes), x, weight)
     plan = [_Pad.of(before, after, stride) for (before, after), stride in zip(pads, conv.stride, strict=True)]
     x = _spatial_pad(x, plan)
     alike = [pad.alike for pad in plan]
@@ -165,7 +168,8 @@ def _kernel(
         return _kernel(x.float(), weight.float(), wide, conv, alike).to(x.dtype)
     zeros = [0] * len(alike)
     if _matrix(x) and _is_pointwise(weight, conv, alike):
-        return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
+        with torch.autocast(x.device.type, enabled=False):
+            return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     args = (conv.stride, alike, conv.dilation, False, zeros, conv.groups)
     reach = conv.dilation[0] * (weight.shape[2] - 1) + 1
     depth = (x.shape[2] + 2 * alike[0] - reach) // conv.stride[0] + 1
@@ -192,8 +196,9 @@ def conv_backward(
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of `conv_forward` for input, weight and bias, as far as `mask` asks for them."""
     if as_matrix(x, weight, conv, grad.shape[2:]):
-        d_x = matrix_conv.input_gradient(grad, x.shape, weight, conv, pads) if mask[0] else None
-        d_weight = matrix_conv.weight_gradient(grad, x, weight, conv, pads) if mask[1] else None
+        with torch.autocast(x.device.type, enabled=False):
+            d_x = matrix_conv.input_gradient(grad, x.shape, weight, conv, pads) if mask[0] else None
+            d_weight = matrix_conv.weight_gradient(grad, x, weight, conv, pads) if mask[1] else None
         d_bias = grad.sum((0, *range(2, grad.ndim))) if mask[2] else None
         return None if d_x is None else _ordered(d_x, x, weight), d_weight, d_bias
     plan = [_Pad.of(before, after, stride) for (before, after), stride in zip(pads, conv.stride, strict=True)]
@@ -231,8 +236,9 @@ def _kernel_backward(
         return d_x, d_weight, d_bias
     if _matrix(x) and _is_pointwise(weight, conv, alike):
         rows, flat = grad.movedim(1, -1).flatten(0, -2), weight.flatten(1)
-        d_x = (rows @ flat).view(*grad.movedim(1, -1).shape[:-1], -1).movedim(-1, 1) if mask[0] else None
-        d_weight = (rows.t() @ x.movedim(1, -1).flatten(0, -2)).view(weight.shape) if mask[1] else None
+        with torch.autocast(x.device.type, enabled=False):
+            d_x = (rows @ flat).view(*grad.movedim(1, -1).shape[:-1], -1).movedim(-1, 1) if mask[0] else None
+            d_weight = (rows.t() @ x.movedim(1, -1).flatten(0, -2)).view(weight.shape) if mask[1] else None
         return d_x, d_weight, rows.sum(0) if mask[2] else None
     backward, zeros = torch.ops.aten.convolution_backward, [0] * len(alike)
     bias_sizes = [weight.shape[0]] if mask[2] else None

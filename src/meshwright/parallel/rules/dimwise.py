@@ -164,9 +164,9 @@ def gather_scatter(func: Any, args: Any, kwargs: Any) -> Any:
         return NotImplemented
     else:
         there = aside(reference, {dim % x.ndim, *uneven}, cause)
-        small = reference is not x and math.prod(reference.shape) <= math.prod(x.shape)
-        if there is None and func is not aten.gather.default and small:
-            there = reshard(reference, range(x.ndim), cause)  # no larger than `x`, which every rank holds whole
+        small = reference is index or math.prod(reference.shape) <= math.prod(x.shape)
+        if there is None and func is not aten.gather.default and reference is not x and small:
+            there = reshard(reference, range(x.ndim), cause)  # as `x`, which every rank holds whole
         if there is None:
             return _answered(x, dim % x.ndim, index, uneven, cause) if func is aten.gather.default else NotImplemented
     target, mesh = tuple(there._spec.placements), reference._spec.mesh

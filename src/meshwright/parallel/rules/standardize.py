@@ -69,11 +69,11 @@ def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]
     return torch.stack([t.sum(dims, keepdim=True).double() for t in (g, g * centred)])
 
 
-def _moments(x: torch.Tensor, here: int) -> tuple[torch.Tensor, ...]:
+def _moments(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `_centred` gives of a tensor in half precision, which stays as it is."""
     view = [1, -1, *(1 for _ in x.shape[2:])]
-    near, var = (t.view(view) for t in norm_kernels.moments(x))
-    return x, near, near.double(), var.double() * here
+    near, mean, deviation = (t.view(view) for t in norm_kernels.moments(x))
+    return x, near, mean, deviation
 
 
 class Standardize(Function):
@@ -100,7 +100,7 @@ class Standardize(Function):
         wide = wide_dtype(x)
         here = math.prod(x.shape[dim] for dim in dims)
         half = even and is_half(x, dims)
-        y, near, mean64, deviation = _moments(x, here) if half else _centred(x.to(wide), dims)
+        y, near, mean64, deviation = _moments(x) if half else _centred(x.to(wide), dims)
         mean64, deviation = merge_moments(mean64, deviation, here, mesh, axes, cause)
         var64 = deviation / max(1, count)
         shift, rstd = (mean64 - near).to(wide), (var64 + eps).rsqrt().to(wide)
@@ -131,7 +131,7 @@ class Standardize(Function):
         half = even and is_half(x, dims)
         if half:
             pair = norm_kernels.gradient_sums(grad, x, near.flatten())
-            first, second = (t.double().view(near.shape) for t in pair)
+            first, second = (t.view(near.shape) for t in pair)
         else:
             g, centred = grad.to(wide), x.to(wide) - near
         if not even:
