@@ -155,6 +155,11 @@ class Heads(nn.Module):
         return self.attention(t, t, t, need_weights=False)[0].transpose(1, 2).reshape(x.shape) * x
 
 
+def few_bins(line: Tensor) -> Tensor:
+    """Sums of the positive and of the other values, into a plain tensor smaller than the index."""
+    return torch.zeros(3, dtype=line.dtype).scatter_add(0, (line > 0).long(), line)
+
+
 CASES = [
     case("cumsum", lambda x: x.cumsum(2), X3, planes(PLANE3), sample=True),
     case("cumsum_few", lambda x: x.cumsum(2), FEW, planes(2 * 4 * 5 * 6), sample=True),
@@ -208,6 +213,7 @@ CASES = [
     case("gather", lambda x: x.gather(2, some(x.shape, x.shape[2])), X3, 6),
     case("gather_few", lambda x: x.mean((0, 1)).gather(0, torch.tensor([3, 17, 3, 20])), X1, planes(84), sample=True),
     case("gather_none", lambda x: x.mean((0, 1)).gather(0, torch.tensor([], dtype=torch.long)), X1, planes(84)),
+    case("scatter_few_bins", lambda x: few_bins(x.mean((0, 1))), X1, planes(84), sample=True),
     case("gather_argmax", lambda x: x.gather(2, x.argmax(2, keepdim=True)), X2),
     case("take_along_dim", lambda x: torch.take_along_dim(x, x.argsort(2), 2), X2, 10),
     case("scatter_add", lambda x: torch.zeros_like(x).scatter_add_(2, some(x.shape, x.shape[2]), x), X3, 6),

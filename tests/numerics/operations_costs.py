@@ -34,8 +34,8 @@ COSTS: dict[str, Cost] = {
     ),
     "dimwise": Cost(
         f"nothing where the named dim is whole; else {SWAP}",
-        "no other dim to move the split to: gathered, but for lookups of few elements (their positions travel, and as "
-        "many elements)",
+        "no other dim to move the split to: gathered, but for lookups (the positions and as many elements travel, or a "
+        "line that is shorter)",
     ),
     "extremes": Cost(SUMS),
     "fourier": Cost(SWAP, "no other dim to move a split to: gathered"),

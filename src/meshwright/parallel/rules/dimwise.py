@@ -20,7 +20,7 @@ from meshwright.parallel.rules.common import parts
 from meshwright.parallel.rules.joins import cat
 from meshwright.parallel.rules.pointwise import cut
 from meshwright.parallel.rules.reduce import arguments
-from meshwright.parallel.tensor import is_mesh, like, wrap
+from meshwright.parallel.tensor import is_mesh, ledger_of, like, wrap
 from meshwright.plan.geometry import chunk, chunks
 
 aten = torch.ops.aten
@@ -168,7 +168,7 @@ def gather_scatter(func: Any, args: Any, kwargs: Any) -> Any:
         if there is None and func is not aten.gather.default and reference is not x and small:
             there = reshard(reference, range(x.ndim), cause)  # as `x`, which every rank holds whole
         if there is None:
-            return _answered(x, dim % x.ndim, index, uneven, cause) if func is aten.gather.default else NotImplemented
+            return _looked_up(x, dim % x.ndim, index, uneven, cause) if func is aten.gather.default else NotImplemented
     target, mesh = tuple(there._spec.placements), reference._spec.mesh
     if mutable(func) and (not is_mesh(x) or tuple(x._spec.placements) != target):
         return NotImplemented
@@ -184,14 +184,23 @@ def gather_scatter(func: Any, args: Any, kwargs: Any) -> Any:
     return x if mutable(func) else home(resized(out, there), tuple(reference._spec.placements), cause)
 
 
-def _answered(x: Any, dim: int, index: Any, uneven: list[int], cause: Cause) -> Any:
-    """Few elements of a line that has nowhere else to be split: every rank is asked for all, and the answers add up.
-
-    What travels are the positions and as many elements, so it is not done where they are more than `x` has.
-    """
-    few = math.prod(index.shape) <= math.prod(x.shape)
-    if not is_mesh(x) or x.dtype == torch.bool or not few or set(uneven) - {dim}:
+def _looked_up(x: Any, dim: int, index: Any, uneven: list[int], cause: Cause) -> Any:
+    """Elements of a line that has nowhere else to be split: what is smaller travels, the positions or the line."""
+    asked, held = math.prod(index.shape), math.prod(x.shape)
+    if set(uneven) - {dim}:
         return NotImplemented
+    if is_mesh(x) and asked <= held and x.dtype != torch.bool:
+        return _answered(x, dim, index, cause)
+    if not is_mesh(index) or held > asked:
+        return NotImplemented
+    mesh, placements, shape = parts(index)
+    whole = tuple(REPLICATE if getattr(p, "dim", None) == dim else p for p in placements)
+    line = placed(x, whole, cause) if is_mesh(x) else cut(x, whole, mesh)
+    return wrap(line.gather(dim, index._local_tensor), mesh, placements, shape, ledger_of([x, index]))
+
+
+def _answered(x: Any, dim: int, index: Any, cause: Cause) -> Any:
+    """Few elements of a split line: every rank is asked for all, and the answers add up."""
     mesh, placements, shape = parts(x)
     axis = axis_of(placements, dim)
     if axis is None:
