@@ -70,6 +70,23 @@ def test_large_parts_keep_their_digits(last: bool, shape: tuple[int, ...]) -> No
     )
 
 
+@pytest.mark.parametrize("last", [False, True])
+def test_whole_volumes_in_fp32(last: bool) -> None:
+    """Sixteen million values a channel: torch's kernel alone is 2.8 % off in channels_last."""
+    torch.manual_seed(0)
+    x = torch.randn(1, 1, 256, 256, 256).expand(1, 2, -1, -1, -1)
+    x = x.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
+    near, mean, deviation = norm_kernels.moments(x)
+    exact = x[0, 0].double()
+    assert near.dtype == torch.float32
+    torch.testing.assert_close(mean, exact.mean().expand(2), rtol=0, atol=1e-6)
+    torch.testing.assert_close(deviation, exact.var(correction=0).expand(2) * 2**24, rtol=1e-5, atol=0)
+    total, product = norm_kernels.gradient_sums(x.abs(), x, torch.zeros(2))
+    bound = 1e-5 if last else 1e-3  # torch's sums channel by channel are good for three digits here
+    torch.testing.assert_close(total, exact.abs().sum().expand(2), rtol=bound, atol=0)
+    torch.testing.assert_close(product, (exact.abs() * exact).sum().expand(2), rtol=0, atol=bound * 2**24)
+
+
 def test_gradients_that_cancel() -> None:
     """The parts of an input's gradient may overflow or hide the sum where each is rounded."""
     x, grad = torch.zeros(1, 1, 2, 2, dtype=torch.float16), torch.full((1, 1, 2, 2), 6e4, dtype=torch.float16)

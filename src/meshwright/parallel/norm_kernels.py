@@ -1,9 +1,9 @@
-"""Local work of batch norm (and of instance norm of one sample) in half precision on CPUs.
+"""Local work of batch norm (and of instance norm of one sample): sums and, in half precision on CPUs, all of it.
 
-An expression over a whole volume copies it to fp32 and back, in fresh memory each time: ten times as long as torch's
-own norm for 16 × 48 × 96 × 96. So slabs are taken that stay in the cache. torch's kernels read half precision and sum
-in fp32: a slab is short enough for that, and slabs are summed in fp64. Inputs are [N, C, *space]; what is per channel
-is [C].
+torch's kernels sum in fp32, one value after the other where channels lie together: of 2²⁴ values around zero the
+variance is 2.8 % low. So sums are taken of slabs, and those are added in fp64. Slabs also stay in the cache: an
+expression over a whole volume in half precision copies it to fp32 and back, in fresh memory each time, ten times as
+long as torch's own norm for 16 × 48 × 96 × 96. Inputs are [N, C, *space]; what is per channel is [C].
 """
 
 from __future__ import annotations
@@ -28,12 +28,18 @@ def is_per_channel(x: torch.Tensor, dims: Sequence[int]) -> bool:
 
 
 def is_half(x: torch.Tensor, dims: Sequence[int]) -> bool:
-    """Whether this file's functions apply to `x`."""
+    """Whether `scaled` and `input_gradient` apply to `x`, too."""
     return x.dtype in HALVES and x.device.type == "cpu" and is_per_channel(x, dims)
 
 
 def _slabs(x: torch.Tensor) -> Iterator[tuple[slice, ...]]:
-    """Pieces of at most `SLAB` elements a channel, but at least one plane: whole samples, or a part of one."""
+    """Pieces of at most `SLAB` elements a channel, but at least one plane: whole samples, or a part of one.
+
+    All of it where torch's kernel sums well: in fp32 and fp64, channel by channel.
+    """
+    if x.dtype not in HALVES and memory_format(x) is torch.contiguous_format:
+        yield (slice(None),)
+        return
     sample = math.prod(x.shape[2:])
     if sample <= SLAB or x.ndim < 3:
         for first in range(0, x.shape[0], max(1, SLAB // sample)):
@@ -45,8 +51,9 @@ def _slabs(x: torch.Tensor) -> Iterator[tuple[slice, ...]]:
 
 
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A value near the mean (fp32), the mean and the sum of squared deviations (fp64)."""
-    zeros = x.new_zeros(x.shape[1], dtype=torch.float32)  # fp32 running statistics make the results fp32
+    """A value near the mean (in fp32 at least), the mean and the sum of squared deviations (fp64)."""
+    wide = torch.float32 if x.dtype in HALVES else x.dtype
+    zeros = x.new_zeros(x.shape[1], dtype=wide)  # wide running statistics make the results wide
     found, counts = [], []
     for slab in _slabs(x):
         part = x[slab]
@@ -56,7 +63,7 @@ def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     means, variances = torch.stack(found).unbind(1)
     count = torch.tensor(counts, dtype=torch.float64, device=x.device).view(-1, 1)
     mean = (means * count).sum(0) / count.sum()
-    return mean.float(), mean, ((variances + (means - mean) ** 2) * count).sum(0)
+    return mean.to(wide), mean, ((variances + (means - mean) ** 2) * count).sum(0)
 
 
 def scaled(x: torch.Tensor, near: torch.Tensor, scale: torch.Tensor, level: torch.Tensor) -> torch.Tensor:

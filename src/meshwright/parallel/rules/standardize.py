@@ -15,7 +15,6 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel import norm_kernels
 from meshwright.parallel.comm import Cause, all_reduce
-from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.norm_kernels import is_half, is_per_channel
 from meshwright.parallel.rules.reduce import merge_moments
 
@@ -47,8 +46,8 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
     near = x.sum(dims, keepdim=True) / max(1, here)
     centred = x - near
     if is_per_channel(x, dims):
-        rest, var = (m.double().view(near.shape) for m in torch.batch_norm_update_stats(centred, None, None, 0.0))
-        return centred, near, near + rest, var * here
+        _, rest, deviation = (t.view(near.shape) for t in norm_kernels.moments(centred))
+        return centred, near, near + rest, deviation
     rest = centred.sum(dims, keepdim=True).double() / max(1, here)
     deviation = centred.square().sum(dims, keepdim=True).double() - here * rest * rest
     return centred, near, near + rest, deviation
@@ -57,15 +56,8 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
 def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """The sums of `g` and of `g * centred` over `dims` (kept), stacked, in fp64."""
     if is_per_channel(g, dims):
-        # torch 2.13.0 reads one of the two in the other's memory order where these differ (CPU)
-        order = memory_format(centred)
-        g, centred = g.contiguous(memory_format=order), centred.contiguous(memory_format=order)
-        zero, one = g.new_zeros(g.shape[1]), g.new_ones(g.shape[1])
-        _, product, total = torch.ops.aten.native_batch_norm_backward(
-            g, centred, None, zero, one, None, None, False, 0.0, [False, True, True]
-        )
-        view = [1, -1, *(1 for _ in g.shape[2:])]
-        return torch.stack([total.double().view(view), product.double().view(view)])
+        sums = torch.stack(norm_kernels.gradient_sums(g, centred, g.new_zeros(g.shape[1])))
+        return sums.view(2, 1, -1, *(1 for _ in g.shape[2:]))
     return torch.stack([t.sum(dims, keepdim=True).double() for t in (g, g * centred)])
 
 
