@@ -43,11 +43,12 @@ def summed_bytes(nbytes: int, ranks: int) -> int:
 
 
 class Sum:
-    """The sum (or "max", "min", "product") of `parts` over a group, under way into `out` (default: the parts).
+    """The sum (or "max", "min", "product") of `parts` over a group, under way into `results` (default: the parts).
 
     Parts and results are contiguous 1-D tensors of one dtype, of the same sizes on every rank. Two ranks swap all
     they have and add the other's from its memory to their own; more send each owner its chunk and get the owners'
-    sums back, on `lane` of the group's channels. Parts and results must be left alone until `wait` returns.
+    sums back, on `lane` of the group's channels. Parts must be left alone until `wait` returns; results that are parts
+    are written by `fold` of two ranks, and by `wait` of more.
     """
 
     def __init__(
@@ -58,8 +59,10 @@ class Sum:
         lane: int = 0,
         out: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        self._results = parts if out is None else out
+        self.results = parts if out is None else out
+        self._parts = parts
         self._group, self._op, self._lane = group, op, lane
+        self._flat: torch.Tensor | None = None
         self._work: dist.Work | None = None
         self._other: Channel | None = None
         self._out: Transfer | None = None
@@ -69,9 +72,8 @@ class Sum:
         if known and ranks == 2:
             self._other = known[1 - self._me]
             self._other.send(parts, exchange_timeout_s())
-            self._other.expect(self._results, parts, _FOLDS[op])  # not before all of it has been sent
             return
-        in_place = len(parts) == 1 and self._results is parts
+        in_place = len(parts) == 1 and self.results is parts
         self._flat = parts[0] if in_place else torch.cat(list(parts))
         if not known:
             self._work = dist.all_reduce(self._flat, _OPERATIONS[op], group=group, async_op=True)
@@ -83,13 +85,14 @@ class Sum:
         self._out = Transfer(group, [(peer, self._spans[peer]) for peer in peers], list(self._theirs.items()))
 
     def fold(self, wait: bool = True) -> bool:
-        """Add up what has arrived and send it on; whether that has been done. Without `wait` only if all is here."""
+        """Add up what has arrived and send it on; whether that has been done. Without `wait` only what other ranks
+        wait for, and only if all is here."""
         if self._other is not None:
-            if wait:
-                self._other.receive(self._results, exchange_timeout_s())
-            else:
-                self._other.take_arrived()
-            return not self._other.expects(self._results)
+            if not wait:
+                return False
+            self._other.expect(self.results, self._parts, _FOLDS[self._op])
+            self._other.receive(self.results, exchange_timeout_s())
+            self._other = None
         if self._out is None:
             return True
         if not (wait or self._out.is_complete()):
@@ -107,6 +110,11 @@ class Sum:
         self._out, self._theirs = None, {}
         return True
 
+    def set_apart(self) -> None:
+        """Leave the parts as they are: results in memory of their own. Before the fold."""
+        pairs = zip(self.results, self._parts, strict=True)
+        self.results = [torch.empty_like(part) if result is part else result for result, part in pairs]
+
     def is_complete(self) -> bool:
         """Whether a folded sum is here; takes of it what has arrived, without waiting."""
         return self._back is None or self._back.is_complete()
@@ -117,9 +125,9 @@ class Sum:
         for under_way in (self._work, self._back):
             if under_way is not None:
                 under_way.wait()
-        if self._other is None and self._results[0] is not self._flat:
-            sums = self._flat.split([result.numel() for result in self._results])
-            for result, value in zip(self._results, sums, strict=True):
+        if self._flat is not None and self.results[0] is not self._flat:
+            sums = self._flat.split([result.numel() for result in self.results])
+            for result, value in zip(self.results, sums, strict=True):
                 result.copy_(value)
 
 
@@ -136,8 +144,12 @@ class SumQueue:
         self._folded: list[Sum] = []
 
     def add(self, total: Sum) -> None:
-        """Fold what can be folded by now, take what has come back, and take in one more."""
-        while self._open and self._open[0].fold(wait=len(self._open) >= MOST_UNFOLDED):
+        """Fold what others wait for and what has waited long, take what has come back, and take in one more."""
+        while self._open:
+            if is_late := len(self._open) >= MOST_UNFOLDED:
+                self._open[0].set_apart()
+            if not self._open[0].fold(wait=is_late):
+                break
             self._folded.append(self._open.popleft())
         self._folded = [folded for folded in self._folded if not folded.is_complete()]
         self._open.append(total)

@@ -11,6 +11,7 @@ leave another graph of second gradients (a zero for its input) than ours, and ra
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,8 +70,8 @@ class Average(Function):
         if not _is_separable(x, boxes):
             with torch.autocast(x.device.type, enabled=False):
                 return _POOL[x.ndim - 2](x, *boxes[:4], True, boxes.divisor)
-        y = _image_pooled(x, boxes) if max(boxes.kernel[1:]) > 1 or max(boxes.stride[1:]) > 1 else x
-        return _depth_pooled(y, boxes) if boxes.kernel[0] > 1 or boxes.stride[0] > 1 else y.clone() if y is x else y
+        y = _image_pooled(x, boxes) if _pools_images(boxes) else x
+        return _depth_pooled(y, boxes) if _pools_depth(boxes) else y.clone() if y is x else y
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -90,27 +91,52 @@ class Spread(Function):
             given = grad.contiguous(memory_format=layout)
             found: torch.Tensor = _BACKWARD[grad.ndim - 2](given, like, *boxes[:4], True, boxes.divisor)
             return found
-        space = shape[2:]
-        out = grad.contiguous(memory_format=torch.channels_last_3d) / boxes.divisor
-        for dim in (4, 3, 2):  # the outermost last: the tensor is largest then, and its planes lie together
-            kernel, stride, pad = (v[dim - 2] for v in (boxes.kernel, boxes.stride, boxes.pads))
-            if kernel > 1 or stride > 1:
-                out = _spread(out, dim, space[dim - 2], kernel, stride, pad)
-        return out
+        out = grad.contiguous(memory_format=torch.channels_last_3d)
+        has_images = _pools_images(boxes)
+        if not has_images:
+            out = out / boxes.divisor
+        if _pools_depth(boxes):  # first, while planes are small
+            out = _depth_spread(out, boxes, shape[2])
+        return _image_spread(out, boxes, shape[3:]) if has_images else out
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
         return Average.apply(grad.contiguous(memory_format=ctx.format), ctx.boxes), None, None, None
 
 
-def _image_pooled(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
-    """Over the last two dims: every plane is an image of the batch."""
+def _pools_depth(boxes: Boxes) -> bool:
+    return boxes.kernel[0] > 1 or boxes.stride[0] > 1
+
+
+def _pools_images(boxes: Boxes) -> bool:
+    return max(boxes.kernel[1:]) > 1 or max(boxes.stride[1:]) > 1
+
+
+def _images(x: torch.Tensor) -> torch.Tensor:
+    """Every plane as an image of the batch."""
     n, c, d, h, w = x.shape
-    images = x.permute(0, 2, 3, 4, 1).reshape(n * d, h, w, c).permute(0, 3, 1, 2)
+    return x.permute(0, 2, 3, 4, 1).reshape(n * d, h, w, c).permute(0, 3, 1, 2)
+
+
+def _volume(images: torch.Tensor, samples: int) -> torch.Tensor:
+    """The adjoint of `_images`."""
+    rows = images.permute(0, 2, 3, 1).contiguous()
+    return rows.view(samples, -1, *rows.shape[1:]).permute(0, 4, 1, 2, 3)
+
+
+def _image_pooled(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
+    """Over the last two dims."""
     kernel, stride, pads = boxes.kernel[1:], boxes.stride[1:], boxes.pads[1:]
-    y = F.avg_pool2d(images, kernel, stride, pads, boxes.ceil, True, math.prod(kernel))
-    y = y.permute(0, 2, 3, 1).contiguous()
-    return y.view(n, d, *y.shape[1:]).permute(0, 4, 1, 2, 3)
+    y = F.avg_pool2d(_images(x), kernel, stride, pads, boxes.ceil, True, math.prod(kernel))
+    return _volume(y, x.shape[0])
+
+
+def _image_spread(grad: torch.Tensor, boxes: Boxes, space: Sequence[int]) -> torch.Tensor:
+    """The adjoint of `_image_pooled`, with the division for all dims."""
+    images = _images(grad)
+    like = torch.empty((*images.shape[:2], *space), dtype=grad.dtype, memory_format=torch.channels_last)  # never read
+    given = (boxes.kernel[1:], boxes.stride[1:], boxes.pads[1:], boxes.ceil, True, boxes.divisor)
+    return _volume(torch.ops.aten.avg_pool2d_backward(images, like, *given), grad.shape[0])
 
 
 def _depth_pooled(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
@@ -145,29 +171,26 @@ def _span(outputs: int, size: int, shift: int, stride: int) -> tuple[int, int]:
     return lo, max(lo, min(outputs, (size - 1 - shift) // stride + 1))
 
 
-def _spread(grad: torch.Tensor, dim: int, size: int, kernel: int, stride: int, pad: int) -> torch.Tensor:
-    """out[p] = Σ grad[i] over all i, k with p = i stride - pad + k, along `dim`."""
-    shape = list(grad.shape)
-    shape[dim] = size
-    out = torch.empty(shape, dtype=grad.dtype, device=grad.device, memory_format=torch.channels_last_3d)
-    outputs = grad.shape[dim]
+def _depth_spread(grad: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
+    """out[:, :, p] = Σ grad[:, :, i] over all i, k with p = i stride - pad + k: undivided, the adjoint of taps."""
+    kernel, stride, pad = boxes.kernel[0], boxes.stride[0], boxes.pads[0]
+    n, c, outputs, h, w = grad.shape
+    rows, out = grad.permute(0, 2, 3, 4, 1).reshape(n, outputs, -1), grad.new_empty((n, size, h * w * c))
     for phase in range(min(stride, size)):  # positions p with p % stride == phase get from the same taps
-        mine = out[(slice(None),) * dim + (slice(phase, None, stride),)]
-        fresh = True
+        mine, fresh = out[:, phase::stride], True
         for k in range((phase + pad) % stride, kernel, stride):
             shift = (k - pad - phase) // stride  # position number i + shift of this phase
-            lo, hi = max(0, -shift), min(outputs, mine.shape[dim] - shift)
+            lo, hi = max(0, -shift), min(outputs, mine.shape[1] - shift)
             if hi <= lo:
                 continue
-            piece = grad.narrow(dim, lo, hi - lo)
-            target = mine.narrow(dim, lo + shift, hi - lo)
+            target, piece = mine[:, lo + shift : hi + shift], rows[:, lo:hi]
             if fresh:
-                mine.narrow(dim, 0, lo + shift).zero_()
-                mine.narrow(dim, hi + shift, mine.shape[dim] - hi - shift).zero_()
+                mine[:, : lo + shift].zero_()
+                mine[:, hi + shift :].zero_()
                 target.copy_(piece)
                 fresh = False
             else:
                 target.add_(piece)
         if fresh:
             mine.zero_()
-    return out
+    return out.view(n, size, h, w, c).permute(0, 4, 1, 2, 3)

@@ -9,6 +9,7 @@ rank's gradients become ready.
 
 from __future__ import annotations
 
+import sys
 import time
 import weakref
 from contextlib import contextmanager
@@ -30,7 +31,7 @@ from meshwright.parallel.tensor import is_mesh, spec_of
 from meshwright.plan.exchange import buckets
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 
 class _Flight:
@@ -39,32 +40,40 @@ class _Flight:
     def __init__(self, parameters: list[Any], axes: tuple[int, ...]) -> None:
         self.parameters, self.axes = parameters, axes
         self.mesh = parameters[0].grad._spec.mesh
+        alone = [_is_alone(p.grad) for p in parameters]
         self.held = [(p.grad, p.grad._local_tensor, p.grad._version) for p in parameters]
         # In the memory order of the parameters, which is the same on all ranks: that of gradients depends on the
-        # kernels that a rank's part got. Not where they are: gradients of two parameters may share memory.
-        parts = [_in_order(p, grad) for p, (_, grad, _) in zip(parameters, self.held, strict=True)]
-        self.sums = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device) for t in parts]
-        self.parts = [_line(t) for t in parts]
+        # kernels that a rank's part got.
+        self.parts = [_in_order(p, held) for p, (_, held, _) in zip(parameters, self.held, strict=True)]
+        lines = [_line(part) for part in self.parts]
+        # Sums in the memory of their summands, where nobody else sees it: fresh memory costs more than the sum.
+        out = [
+            line if is_alone or part is not held else torch.empty_like(line)
+            for line, is_alone, part, (_, held, _) in zip(lines, alone, self.parts, self.held, strict=True)
+        ]
         world, own_mesh = reduction_groups(self.mesh)
         if len(axes) == self.mesh.ndim:  # every rank of the job: one all-reduce instead of one per axis
             self.stages = [(world, self.mesh.size())]
         else:
             self.stages = [(own_mesh.get_group(axis), sizes(self.mesh)[axis]) for axis in axes]
-        self.work = self._start(self.parts, *self.stages[0])
+        self.work = self._start(lines, out, *self.stages[0])
 
-    def _start(self, parts: list[torch.Tensor], pg: dist.ProcessGroup, ranks: int) -> Sum:
+    def _start(
+        self, parts: Sequence[torch.Tensor], out: Sequence[torch.Tensor], pg: dist.ProcessGroup, ranks: int
+    ) -> Sum:
         nbytes = summed_bytes(sum(part.numel() * part.element_size() for part in parts), ranks)
         totals.sent_bytes += nbytes
         totals.reduced_bytes += nbytes
         totals.messages += 1
-        return Sum(parts, pg, lane=SUMS_LANE, out=[_line(t) for t in self.sums])
+        return Sum(parts, pg, lane=SUMS_LANE, out=out)
 
     def land(self) -> None:
         """Wait, and give every parameter its sum."""
         self.work.wait()
         for stage in self.stages[1:]:
-            self._start([_line(t) for t in self.sums], *stage).wait()
-        for p, (grad, held, version), local in zip(self.parameters, self.held, self.sums, strict=True):
+            self._start(self.work.results, self.work.results, *stage).wait()
+        given = zip(self.parameters, self.held, self.parts, self.work.results, strict=True)
+        for p, (grad, held, version), part, total in given:
             if p.grad is not grad or grad._local_tensor is not held or grad._version != version:
                 raise UnsupportedError(
                     f"a hook changed the gradient of a parameter of shape {tuple(p.shape)} while its sum was "
@@ -74,7 +83,8 @@ class _Flight:
                 REPLICATE if axis in self.axes else place for axis, place in enumerate(grad._spec.placements)
             )
             shape = tuple(grad._spec.shape)
-            grad._spec = spec_of(self.mesh, placements, shape, grad._spec.tensor_meta.stride, local.dtype)
+            grad._spec = spec_of(self.mesh, placements, shape, grad._spec.tensor_meta.stride, part.dtype)
+            local = part if total.data_ptr() == part.data_ptr() else _shaped(total, part)
             if local.stride() != held.stride():  # the same numbers in the strides that the gradient had
                 local = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device).copy_(
                     local
@@ -94,6 +104,18 @@ def _in_order(p: Any, grad: torch.Tensor) -> torch.Tensor:
 def _line(t: torch.Tensor) -> torch.Tensor:
     """The memory of a dense tensor."""
     return t.as_strided((t.numel(),), (1,))
+
+
+def _shaped(line: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The memory of `line` in the shape and strides of `like`, as no view."""
+    return line.new_empty(0).set_(line.untyped_storage(), line.storage_offset(), like.shape, like.stride())
+
+
+def _is_alone(grad: Any) -> bool:
+    """Whether nobody but `grad` sees the memory of its part: no other mesh tensor, and no view."""
+    local = grad._local_tensor
+    references = sys.getrefcount(local) - 1  # less the argument's own: the attribute and the name here
+    return references <= 2 and torch._C._storage_Use_Count(local.untyped_storage()._cdata) == 2  # the second asks
 
 
 def _is_dense(t: torch.Tensor) -> bool:
