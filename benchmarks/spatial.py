@@ -4,7 +4,9 @@ Two one-thread ranks train the benchmark U-Net (docs/performance.md) on one volu
 one-thread ranks that each train on half of the volume and never talk: the limit. The halves run twice, as plain
 torch runs them and with Meshwright's choice of kernels. A third comparison runs the whole volume on one rank,
 plain and under `parallelize`. All variants of a comparison run in the same processes, interleaved; every figure is
-a median of paired ratios with a bootstrap confidence interval.
+a median of paired ratios with a bootstrap confidence interval. Where its memory lies makes a model up to 4 % faster or
+slower than its equal in the same process, for as long as that lives: `--launches` repeats all in fresh processes, and
+the interval is over them too.
 
     python benchmarks/spatial.py                 # fp32 and bf16, 96 cubed, 21 rounds
     python benchmarks/spatial.py --size 64 --rounds 7 --dtype fp32
@@ -12,6 +14,7 @@ a median of paired ratios with a bootstrap confidence interval.
     python benchmarks/spatial.py --network resnet18         # an image of 512 squared, split in height
     python benchmarks/spatial.py --network cliff --ranks 1  # 64 cubed, base 8, where plain torch falls off its cliff
     python benchmarks/spatial.py --network tiny --ranks 1   # 8 cubed: the overhead of an operation
+    python benchmarks/spatial.py --launches 6 --rounds 7    # where a few per cent matter
 """
 
 from __future__ import annotations
@@ -178,24 +181,44 @@ def one_rank(name: str, size: int, rounds: int, dtype_name: str, plain: bool) ->
     return {"seconds": seconds, "spent": vars(spent)}
 
 
-def ratio(above: list[float], below: list[float]) -> tuple[float, float, float]:
-    """Median of paired ratios and its 95 % bootstrap interval."""
+def ratio(above: list[float], below: list[float], launches: int = 1) -> tuple[float, float, float]:
+    """Median of paired ratios and its 95 % bootstrap interval: launches are drawn, then rounds of each."""
     pairs = [a / b for a, b in zip(above, below, strict=True)]
-    draw = random.Random(1)
-    medians = sorted(statistics.median(draw.choices(pairs, k=len(pairs))) for _ in range(2000))
+    draw, each = random.Random(1), len(pairs) // launches
+    parts = [pairs[i * each : (i + 1) * each] for i in range(launches)]
+
+    def drawn() -> list[float]:
+        return [pair for part in draw.choices(parts, k=launches) for pair in draw.choices(part, k=each)]
+
+    medians = sorted(statistics.median(drawn()) for _ in range(2000))
     return statistics.median(pairs), medians[50], medians[1949]
 
 
-def show(title: str, seconds: dict[str, list[float]], spent: dict[str, float], rounds: int) -> dict[str, Any]:
+def launched(work: Callable[..., dict[str, Any]], ranks: int, arguments: tuple[Any, ...], launches: int) -> Any:
+    """Seconds of the slowest rank in each round, launch after launch, and what the rank that spent most did in all."""
+    seconds: dict[str, list[float]] = {}
+    spent: dict[str, float] = {}
+    for _ in range(launches):
+        results = mw.launch(work, ranks=ranks, args=arguments, threads=1)
+        for name in results[0]["seconds"]:
+            slowest = [max(times) for times in zip(*(r["seconds"][name] for r in results), strict=True)]
+            seconds.setdefault(name, []).extend(slowest)
+        for key in results[0]["spent"]:
+            spent[key] = spent.get(key, 0.0) + max(r["spent"][key] for r in results)
+    return seconds, spent
+
+
+def show(title: str, seconds: dict[str, list[float]], spent: dict[str, float], launches: int) -> dict[str, Any]:
     """Print one comparison; returns it as plain values."""
     print(f"\n{title}")
+    rounds = len(seconds["meshwright"])
     for name, values in seconds.items():
         middle = statistics.median(values)
         print(f"  {name:14s} {middle:8.4f} s  (min {min(values):.4f}, max {max(values):.4f})")
     found = {}
     for name in seconds:
         if name != "meshwright":
-            found[name] = ratio(seconds["meshwright"], seconds[name])
+            found[name] = ratio(seconds["meshwright"], seconds[name], launches)
             middle, low, high = found[name]
             print(f"  meshwright / {name:14s} {middle:.3f}  [{low:.3f}, {high:.3f}]")
     for key in ("exchange_post_s", "exchange_wait_s", "boundary_s", "reduction_s"):
@@ -208,31 +231,29 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(NETWORKS), default="unet")
     parser.add_argument("--size", type=int, help="edge of the input (default: that of the network)")
-    parser.add_argument("--rounds", type=int, default=21, help="counted rounds of each comparison")
+    parser.add_argument("--rounds", type=int, default=21, help="counted rounds of each launch")
+    parser.add_argument("--launches", type=int, default=1, help="how often each comparison runs, in fresh processes")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "both"], default="both")
     parser.add_argument("--ranks", choices=["1", "2", "both"], default="both", help="which comparisons to run")
     parser.add_argument("--no-plain", action="store_true", help="leave plain torch out (bf16 without AVX512: minutes)")
     parser.add_argument("--json", metavar="FILE", help="also write the figures there")
     options = parser.parse_args()
     size = options.size or NETWORKS[options.network].edge
-    print(f"torch {torch.__version__}, {platform.machine()}, {options.network}, edge {size}, {options.rounds} rounds")
+    print(
+        f"torch {torch.__version__}, {platform.machine()}, {options.network}, edge {size}, "
+        f"{options.launches} × {options.rounds} rounds"
+    )
     figures: dict[str, Any] = {}
     for dtype in ["fp32", "bf16"] if options.dtype == "both" else [options.dtype]:
         arguments = (options.network, size, options.rounds, dtype, not options.no_plain)
-        if options.ranks in ("2", "both"):
-            results = mw.launch(two_ranks, ranks=2, args=arguments, threads=1)
-            slowest = {
-                name: [max(pair) for pair in zip(*(r["seconds"][name] for r in results), strict=True)]
-                for name in results[0]["seconds"]
-            }
-            spent = {key: max(r["spent"][key] for r in results) for key in results[0]["spent"]}
-            figures[f"{dtype} two ranks"] = show(
-                f"{dtype}, two ranks, the first dim of space split", slowest, spent, options.rounds
-            )
-        if options.ranks in ("1", "both"):
-            (result,) = mw.launch(one_rank, ranks=1, args=arguments, threads=1)
-            title = f"{dtype}, one rank, the whole"
-            figures[f"{dtype} one rank"] = show(title, result["seconds"], result["spent"], options.rounds)
+        for ranks, work, title in (
+            (2, two_ranks, "two ranks, the first dim of space split"),
+            (1, one_rank, "one rank, the whole"),
+        ):
+            if options.ranks in (str(ranks), "both"):
+                seconds, spent = launched(work, ranks, arguments, options.launches)
+                name = f"{dtype} {'two ranks' if ranks == 2 else 'one rank'}"
+                figures[name] = show(f"{dtype}, {title}", seconds, spent, options.launches)
     if options.json:
         with open(options.json, "w", encoding="utf-8") as file:
             json.dump(figures, file, indent=1)

@@ -182,8 +182,11 @@ def _kernel(
 
 
 def _matrix(x: torch.Tensor) -> bool:
-    """Whether the channels of `x` lie together, so that its voxels are the rows of a matrix."""
-    return x.device.type == "cpu" and x.ndim == 5 and x.is_contiguous(memory_format=torch.channels_last_3d)
+    """Whether the channels of `x` lie together, so that its voxels are the rows of a matrix; not in bf16, for which
+    torch's convolution is up to twice as fast as its product."""
+    if x.device.type != "cpu" or x.ndim != 5 or x.dtype == torch.bfloat16:
+        return False
+    return x.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 def conv_backward(
