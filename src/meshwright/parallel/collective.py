@@ -112,6 +112,8 @@ class Sum:
 
     def set_apart(self) -> None:
         """Leave the parts as they are: results in memory of their own. Before the fold."""
+        if self._other is None:
+            return  # written by `wait` alone
         pairs = zip(self.results, self._parts, strict=True)
         self.results = [torch.empty_like(part) if result is part else result for result, part in pairs]
 

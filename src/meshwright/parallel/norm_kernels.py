@@ -50,20 +50,23 @@ def _slabs(x: torch.Tensor) -> Iterator[tuple[slice, ...]]:
         yield slice(index, index + 1), slice(None), slice(first, first + planes)
 
 
-def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """A value near the mean (in fp32 at least), the mean and the sum of squared deviations (fp64)."""
-    wide = torch.float32 if x.dtype in HALVES else x.dtype
-    zeros = x.new_zeros(x.shape[1], dtype=wide)  # wide running statistics make the results wide
+def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean and the sum of squared deviations (fp64)."""
+    # wide running statistics make the results wide
+    running = [x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2)] if x.dtype in HALVES else [None, None]
     found, counts = [], []
     for slab in _slabs(x):
         part = x[slab]
         part = part.contiguous(memory_format=memory_format(part))
-        found.append(torch.stack(torch.batch_norm_update_stats(part, zeros, zeros.clone(), 0.0)).double())
+        found.append(torch.stack(torch.batch_norm_update_stats(part, *running, 0.0)).double())
         counts.append(part.numel() // x.shape[1])
+    if len(found) == 1:
+        mean, variance = found[0].unbind()
+        return mean, variance * counts[0]
     means, variances = torch.stack(found).unbind(1)
     count = torch.tensor(counts, dtype=torch.float64, device=x.device).view(-1, 1)
     mean = (means * count).sum(0) / count.sum()
-    return mean.to(wide), mean, ((variances + (means - mean) ** 2) * count).sum(0)
+    return mean, ((variances + (means - mean) ** 2) * count).sum(0)
 
 
 def scaled(x: torch.Tensor, near: torch.Tensor, scale: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -71,19 +74,20 @@ def scaled(x: torch.Tensor, near: torch.Tensor, scale: torch.Tensor, level: torc
     return torch.batch_norm(x, scale, level, near, torch.ones_like(near), False, 0.0, 0.0, False)
 
 
-def gradient_sums(grad: torch.Tensor, x: torch.Tensor, near: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The sums of `grad` and of `grad * (x - near)` (fp64)."""
-    total, product = near.double() * 0, near.double() * 0
+def gradient_sums(grad: torch.Tensor, x: torch.Tensor, near: torch.Tensor) -> torch.Tensor:
+    """The sums of `grad` and of `grad * (x - near)`, stacked (fp64)."""
+    found = []
     one, mask = torch.ones_like(near), [False, True, True]
     for slab in _slabs(x):
         part, g = x[slab], grad[slab]
         # torch 2.13.0 reads one of the two in the other's memory order where these differ (CPU)
         order = memory_format(part)
         part, g = part.contiguous(memory_format=order), g.contiguous(memory_format=order)
-        sums = torch.ops.aten.native_batch_norm_backward(g, part, one, near, one, None, None, False, 0.0, mask)
-        product += sums[1]
-        total += sums[2]
-    return total, product
+        _, product, total = torch.ops.aten.native_batch_norm_backward(
+            g, part, one, near, one, None, None, False, 0.0, mask
+        )
+        found.append(torch.stack([total, product]).double())
+    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
 
 
 def input_gradient(

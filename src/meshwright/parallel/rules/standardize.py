@@ -46,7 +46,7 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
     near = x.sum(dims, keepdim=True) / max(1, here)
     centred = x - near
     if is_per_channel(x, dims):
-        _, rest, deviation = (t.view(near.shape) for t in norm_kernels.moments(centred))
+        rest, deviation = (t.view(near.shape) for t in norm_kernels.moments(centred))
         return centred, near, near + rest, deviation
     rest = centred.sum(dims, keepdim=True).double() / max(1, here)
     deviation = centred.square().sum(dims, keepdim=True).double() - here * rest * rest
@@ -56,7 +56,7 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
 def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """The sums of `g` and of `g * centred` over `dims` (kept), stacked, in fp64."""
     if is_per_channel(g, dims):
-        sums = torch.stack(norm_kernels.gradient_sums(g, centred, g.new_zeros(g.shape[1])))
+        sums = norm_kernels.gradient_sums(g, centred, g.new_zeros(g.shape[1]))
         return sums.view(2, 1, -1, *(1 for _ in g.shape[2:]))
     return torch.stack([t.sum(dims, keepdim=True).double() for t in (g, g * centred)])
 
@@ -64,8 +64,8 @@ def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]
 def _moments(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """What `_centred` gives of a tensor in half precision, which stays as it is."""
     view = [1, -1, *(1 for _ in x.shape[2:])]
-    near, mean, deviation = (t.view(view) for t in norm_kernels.moments(x))
-    return x, near, mean, deviation
+    mean, deviation = (t.view(view) for t in norm_kernels.moments(x))
+    return x, mean.float(), mean, deviation
 
 
 class Standardize(Function):
@@ -109,7 +109,7 @@ class Standardize(Function):
                 y.add_(bias)
         ctx.constants = dims, even, count, mesh, axes, cause, None if bias is None else tuple(bias.shape)
         ctx.eps = eps
-        ctx.save_for_backward(x, weight, near, shift, rstd, mean64.to(wide))
+        ctx.save_for_backward(x, weight, near, shift, rstd, mean64)
         ctx.mark_non_differentiable(mean64, var64)
         return y.to(x.dtype), mean64, var64
 
@@ -122,8 +122,7 @@ class Standardize(Function):
         wide, rest = wide_dtype(x), (None,) * 7
         half = even and is_half(x, dims)
         if half:
-            pair = norm_kernels.gradient_sums(grad, x, near.flatten())
-            first, second = (t.view(near.shape) for t in pair)
+            first, second = norm_kernels.gradient_sums(grad, x, near.flatten()).view(2, *near.shape)
         else:
             g, centred = grad.to(wide), x.to(wide) - near
         if not even:
@@ -169,7 +168,7 @@ def _differentiable(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, 
     dims, _, count, mesh, axes, cause, bias_shape = ctx.constants
     x, weight, *_, known = ctx.saved_tensors
     wide = wide_dtype(x)
-    centred = x.to(wide) - known  # near the mean, so that the sums below keep their digits
+    centred = x.to(wide) - known.to(wide)  # near the mean, so that the sums below keep their digits
     sums = torch.stack([centred.sum(dims, keepdim=True), (centred * centred).sum(dims, keepdim=True)])
     mean, square = Total.apply(sums, mesh, axes, cause) / max(1, count)
     rstd = (square - mean * mean + ctx.eps).rsqrt()
