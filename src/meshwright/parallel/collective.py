@@ -47,8 +47,9 @@ class Sum:
 
     Parts and results are contiguous 1-D tensors of one dtype, of the same sizes on every rank. Two ranks swap all
     they have and add the other's from its memory to their own; more send each owner its chunk and get the owners'
-    sums back, on `lane` of the group's channels. Parts must be left alone until `wait` returns; results that are parts
-    are written by `fold` of two ranks, and by `wait` of more.
+    sums back, on `lane` of the group's channels. Parts must be left alone until `wait` returns, which leaves the sums
+    in `results`. Given as `out`, these are not written before it is called: they may be the parts, which others still
+    read; what had to make room is in memory of its own.
     """
 
     def __init__(
@@ -59,8 +60,7 @@ class Sum:
         lane: int = 0,
         out: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        self.results = parts if out is None else out
-        self._parts = parts
+        self.results = list(parts if out is None else out)
         self._group, self._op, self._lane = group, op, lane
         self._flat: torch.Tensor | None = None
         self._work: dist.Work | None = None
@@ -72,8 +72,10 @@ class Sum:
         if known and ranks == 2:
             self._other = known[1 - self._me]
             self._other.send(parts, exchange_timeout_s())
+            # not before all of it has been sent
+            self._other.expect(self.results, parts, _FOLDS[op], late=out is not None)
             return
-        in_place = len(parts) == 1 and self.results is parts
+        in_place = len(parts) == 1 and out is None
         self._flat = parts[0] if in_place else torch.cat(list(parts))
         if not known:
             self._work = dist.all_reduce(self._flat, _OPERATIONS[op], group=group, async_op=True)
@@ -84,15 +86,13 @@ class Sum:
         self._theirs = {peer: torch.empty_like(self._spans[self._me]) for peer in peers}
         self._out = Transfer(group, [(peer, self._spans[peer]) for peer in peers], list(self._theirs.items()))
 
-    def fold(self, wait: bool = True) -> bool:
+    def fold(self, wait: bool = True, *, apart: bool = False) -> bool:
         """Add up what has arrived and send it on; whether that has been done. Without `wait` only what other ranks
-        wait for, and only if all is here."""
+        wait for, and only if all is here. `apart`: results that would be written now go to memory of their own."""
         if self._other is not None:
-            if not wait:
-                return False
-            self._other.expect(self.results, self._parts, _FOLDS[self._op])
-            self._other.receive(self.results, exchange_timeout_s())
-            self._other = None
+            if wait:
+                self._other.receive(self.results, exchange_timeout_s(), apart=apart)
+            return not self._other.expects(self.results)
         if self._out is None:
             return True
         if not (wait or self._out.is_complete()):
@@ -109,13 +109,6 @@ class Sum:
         self._back = Transfer(self._group, [(peer, mine) for peer in self._theirs], receives, self._lane)
         self._out, self._theirs = None, {}
         return True
-
-    def set_apart(self) -> None:
-        """Leave the parts as they are: results in memory of their own. Before the fold."""
-        if self._other is None:
-            return  # written by `wait` alone
-        pairs = zip(self.results, self._parts, strict=True)
-        self.results = [torch.empty_like(part) if result is part else result for result, part in pairs]
 
     def is_complete(self) -> bool:
         """Whether a folded sum is here; takes of it what has arrived, without waiting."""
@@ -147,11 +140,7 @@ class SumQueue:
 
     def add(self, total: Sum) -> None:
         """Fold what others wait for and what has waited long, take what has come back, and take in one more."""
-        while self._open:
-            if is_late := len(self._open) >= MOST_UNFOLDED:
-                self._open[0].set_apart()
-            if not self._open[0].fold(wait=is_late):
-                break
+        while self._open and self._open[0].fold(wait=len(self._open) >= MOST_UNFOLDED, apart=True):
             self._folded.append(self._open.popleft())
         self._folded = [folded for folded in self._folded if not folded.is_complete()]
         self._open.append(total)

@@ -53,12 +53,12 @@ def _slabs(x: torch.Tensor) -> Iterator[tuple[slice, ...]]:
 def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean and the sum of squared deviations (fp64)."""
     # wide running statistics make the results wide
-    running = [x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2)] if x.dtype in HALVES else [None, None]
+    near, spread = (x.new_zeros(x.shape[1], dtype=torch.float32) if x.dtype in HALVES else None for _ in range(2))
     found, counts = [], []
     for slab in _slabs(x):
         part = x[slab]
         part = part.contiguous(memory_format=memory_format(part))
-        found.append(torch.stack(torch.batch_norm_update_stats(part, *running, 0.0)).double())
+        found.append(torch.stack(torch.batch_norm_update_stats(part, near, spread, 0.0)).double())
         counts.append(part.numel() // x.shape[1])
     if len(found) == 1:
         mean, variance = found[0].unbind()

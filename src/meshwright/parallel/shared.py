@@ -26,6 +26,7 @@ import torch
 SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
 LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
 MOST_UNREAD = 16  # pieces that may lie unread: each is memory and an open file, and a pipe holds few tokens
+MOST_LATE = 8  # of them that nobody has asked for yet: half, for a neighbour may be as far ahead
 _TOKEN = struct.Struct("=iiqq")  # number of the slot, its file, its size, bytes of the piece
 _ACK = struct.Struct("=i")
 
@@ -41,11 +42,16 @@ class _Slot:
 
 
 class _Expected(NamedTuple):
-    """Where a piece goes: it is copied into the buffers, or `fold(addend, part, out=buffer)` puts a result there."""
+    """Where a piece goes: it is copied into the buffers, or `fold(addend, part, out=buffer)` puts a result there.
 
-    buffers: Sequence[torch.Tensor]
+    If `late`, the buffers are written when they are asked for and not before. A piece that has to make room for a
+    later one goes to new memory, which takes their place in the list.
+    """
+
+    buffers: list[torch.Tensor]
     addends: Sequence[torch.Tensor]
     fold: Callable[..., object] | None
+    late: bool
 
 
 @dataclass(eq=False)
@@ -84,14 +90,16 @@ class Channel:
 
     def expect(
         self,
-        buffers: Sequence[torch.Tensor],
+        buffers: list[torch.Tensor],
         addends: Sequence[torch.Tensor] = (),
         fold: Callable[..., object] | None = None,
+        late: bool = False,
     ) -> None:
-        """The next piece but those expected is for `buffers` (contiguous): as it is, or folded with `addends`."""
+        """The next piece but those expected is for `buffers` (contiguous): as it is, or folded with `addends`; if
+        `late`, no sooner than `receive` asks for them."""
         self._thread = threading.get_ident()
         _waiting().add(self)
-        self._expected.append(_Expected(buffers, addends, fold))
+        self._expected.append(_Expected(buffers, addends, fold, late))
 
     def hang_up(self) -> None:
         """No piece follows, and none is awaited: a neighbour that waits for one sees it at once.
@@ -119,15 +127,17 @@ class Channel:
         for file in (self.ack_in, self.ack_out, *idle):
             os.close(file)
 
-    def receive(self, buffers: Sequence[torch.Tensor], limit_s: float) -> None:
+    def receive(self, buffers: list[torch.Tensor], limit_s: float, *, apart: bool = False) -> None:
         """Wait until expected `buffers` are filled; earlier ones are filled first.
+
+        `apart`: late ones are not asked for, they only have to make room.
 
         Raises RuntimeError when the neighbour has ended, sends nothing for `limit_s`, or sends another size.
         """
         while self.expects(buffers):
             if not _await(self.bell_in, limit_s):
                 raise RuntimeError(f"no answer within {limit_s:g} s")
-            self._take()
+            self._take(None if apart else buffers)
 
     def expects(self, buffers: Sequence[torch.Tensor]) -> bool:
         """Whether `buffers` are still to be filled."""
@@ -137,12 +147,20 @@ class Channel:
         """Fill the expected buffers whose pieces are here, without waiting for others."""
         poll = select.poll()
         poll.register(self.bell_in, select.POLLIN)
-        while self._expected and poll.poll(0):
+        while self.is_open and poll.poll(0):
             self._take()
 
-    def _take(self) -> None:
-        """Fill the first expected buffer with the piece that is here."""
-        buffers, addends, fold = self._expected.popleft()
+    @property
+    def is_open(self) -> bool:
+        """Whether the next piece may be taken as soon as it is here. Late ones whose turn never came (a backward that
+        failed) make room when they are many."""
+        return bool(self._expected) and (not self._expected[0].late or len(self._expected) >= MOST_LATE)
+
+    def _take(self, asked: list[torch.Tensor] | None = None) -> None:
+        """Fill the first expected buffers with the piece that is here."""
+        buffers, addends, fold, late = self._expected.popleft()
+        if late and buffers is not asked:
+            buffers[:] = [torch.empty_like(buffer) for buffer in buffers]
         token = os.read(self.bell_in, _TOKEN.size)
         if not token:
             raise RuntimeError(f"connection closed by peer: process {self.pid} has ended")
@@ -229,7 +247,7 @@ def _await(file: int, limit_s: float) -> bool:
     """
     me, end_s = threading.get_ident(), time.monotonic() + limit_s
     while True:
-        others = {c.bell_in: c for c in _waiting() if c._expected and c._thread == me and c.bell_in not in (file, -1)}
+        others = {c.bell_in: c for c in _waiting() if c.is_open and c._thread == me and c.bell_in not in (file, -1)}
         poll = select.poll()
         for each in (file, *others):
             poll.register(each, select.POLLIN)

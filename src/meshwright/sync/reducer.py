@@ -9,7 +9,6 @@ rank's gradients become ready.
 
 from __future__ import annotations
 
-import sys
 import time
 import weakref
 from contextlib import contextmanager
@@ -29,6 +28,7 @@ from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, 
 from meshwright.parallel.mesh import SUMS_LANE, reduction_groups, sizes
 from meshwright.parallel.tensor import is_mesh, spec_of
 from meshwright.plan.exchange import buckets
+from meshwright.sync.memory import in_order, is_alone, line_of, shaped
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -40,16 +40,16 @@ class _Flight:
     def __init__(self, parameters: list[Any], axes: tuple[int, ...]) -> None:
         self.parameters, self.axes = parameters, axes
         self.mesh = parameters[0].grad._spec.mesh
-        alone = [_is_alone(p.grad) for p in parameters]
+        alone = [is_alone(p.grad) for p in parameters]
         self.held = [(p.grad, p.grad._local_tensor, p.grad._version) for p in parameters]
         # In the memory order of the parameters, which is the same on all ranks: that of gradients depends on the
         # kernels that a rank's part got.
-        self.parts = [_in_order(p, held) for p, (_, held, _) in zip(parameters, self.held, strict=True)]
-        lines = [_line(part) for part in self.parts]
+        self.parts = [in_order(p, held) for p, (_, held, _) in zip(parameters, self.held, strict=True)]
+        lines = [line_of(part) for part in self.parts]
         # Sums in the memory of their summands, where nobody else sees it: fresh memory costs more than the sum.
         out = [
-            line if is_alone or part is not held else torch.empty_like(line)
-            for line, is_alone, part, (_, held, _) in zip(lines, alone, self.parts, self.held, strict=True)
+            line if is_ours or part is not held else torch.empty_like(line)
+            for line, is_ours, part, (_, held, _) in zip(lines, alone, self.parts, self.held, strict=True)
         ]
         world, own_mesh = reduction_groups(self.mesh)
         if len(axes) == self.mesh.ndim:  # every rank of the job: one all-reduce instead of one per axis
@@ -84,50 +84,12 @@ class _Flight:
             )
             shape = tuple(grad._spec.shape)
             grad._spec = spec_of(self.mesh, placements, shape, grad._spec.tensor_meta.stride, part.dtype)
-            local = part if total.data_ptr() == part.data_ptr() else _shaped(total, part)
+            local = part if total.data_ptr() == part.data_ptr() else shaped(total, part)
             if local.stride() != held.stride():  # the same numbers in the strides that the gradient had
                 local = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device).copy_(
                     local
                 )
             grad._local_tensor = local
-
-
-def _in_order(p: Any, grad: torch.Tensor) -> torch.Tensor:
-    """`grad` dense in the memory order of its parameter."""
-    local = p._local_tensor
-    order = local.stride() if local.shape == grad.shape and _is_dense(local) else None
-    if order is None or grad.stride() == order:
-        return grad.contiguous() if order is None else grad
-    return torch.empty_strided(grad.shape, order, dtype=grad.dtype, device=grad.device).copy_(grad)
-
-
-def _line(t: torch.Tensor) -> torch.Tensor:
-    """The memory of a dense tensor."""
-    return t.as_strided((t.numel(),), (1,))
-
-
-def _shaped(line: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """The memory of `line` in the shape and strides of `like`, as no view."""
-    return line.new_empty(0).set_(line.untyped_storage(), line.storage_offset(), like.shape, like.stride())
-
-
-def _is_alone(grad: Any) -> bool:
-    """Whether nobody but `grad` sees the memory of its part: no other mesh tensor, and no view."""
-    local = grad._local_tensor
-    references = sys.getrefcount(local) - 1  # less the argument's own: the attribute and the name here
-    return references <= 2 and torch._C._storage_Use_Count(local.untyped_storage()._cdata) == 2  # the second asks
-
-
-def _is_dense(t: torch.Tensor) -> bool:
-    """Whether the elements of `t` fill its memory without gaps or overlap."""
-    expected = 1
-    for size, stride in sorted(zip(t.shape, t.stride(), strict=True), key=lambda entry: entry[1]):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _as_summand(grad: Any) -> None:
