@@ -175,7 +175,7 @@ def sums_under_way() -> bool:
         queue.add(posted[-1][2])
         if number % 7 == me:
             dist.barrier(late)  # ranks run ahead of each other by turns
-    queue.fold()
+    queue.fold(under_way for _, _, under_way in posted)
     for number, flat, under_way in reversed(posted):
         under_way.wait()
         assert flat.eq(number * ranks * (ranks + 1) / 2).all(), number

@@ -9,7 +9,7 @@ bits in every run; half precision is added up in fp32.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -112,6 +112,8 @@ class Sum:
 
     def is_complete(self) -> bool:
         """Whether a folded sum is here; takes of it what has arrived, without waiting."""
+        if self._work is not None:
+            return self._work.is_completed()
         return self._back is None or self._back.is_complete()
 
     def wait(self) -> None:
@@ -131,10 +133,12 @@ class SumQueue:
 
     Folding follows the order of the sums on every rank. That few are open, and that what comes back is taken each
     time, keeps the pieces that lie unread on either lane within `shared.MOST_UNREAD` (twice `MOST_UNFOLDED`), so that
-    no circle of ranks waits for room with each other.
+    no circle of ranks waits for room with each other. So all sums of one group belong to one queue, also those whose
+    results nobody wants any more: other ranks count on them.
     """
 
     def __init__(self) -> None:
+        self.added = 0
         self._open: deque[Sum] = deque()
         self._folded: list[Sum] = []
 
@@ -142,13 +146,21 @@ class SumQueue:
         """Fold what others wait for and what has waited long, take what has come back, and take in one more."""
         while self._open and self._open[0].fold(wait=len(self._open) >= MOST_UNFOLDED, apart=True):
             self._folded.append(self._open.popleft())
-        self._folded = [folded for folded in self._folded if not folded.is_complete()]
+        self.forget()
         self._open.append(total)
+        self.added += 1
 
-    def fold(self) -> None:
-        """Wait until all are folded."""
-        while self._open:
-            self._open.popleft().fold()
+    def forget(self) -> None:
+        """Let go of sums that are here."""
+        self._folded = [folded for folded in self._folded if not folded.is_complete()]
+
+    def fold(self, mine: Iterable[Sum]) -> None:
+        """Wait until `mine` are folded. Those of others that stand before them only make room."""
+        awaited = set(mine) & set(self._open)
+        while awaited:
+            self._folded.append(self._open.popleft())
+            self._folded[-1].fold(apart=self._folded[-1] not in awaited)
+            awaited.discard(self._folded[-1])
 
 
 class Gather:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 import weakref
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,15 +21,16 @@ from torch.autograd import Variable
 from torch.distributed.tensor import Shard
 from torch.utils.weak import WeakIdKeyDictionary
 
-from meshwright.errors import ExchangeError, UnsupportedError
+from meshwright.errors import ExchangeError, MeshwrightError, UnsupportedError
 from meshwright.parallel.account import totals
 from meshwright.parallel.apply import set_reducer
-from meshwright.parallel.collective import Sum, SumQueue, summed_bytes
+from meshwright.parallel.collective import Sum, summed_bytes
 from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, splits
 from meshwright.parallel.mesh import SUMS_LANE, reduction_groups, sizes
 from meshwright.parallel.tensor import is_mesh, spec_of
 from meshwright.plan.exchange import buckets
 from meshwright.sync.memory import in_order, is_alone, line_of, shaped
+from meshwright.sync.order import Run, Sums, sums_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
@@ -154,23 +156,23 @@ class Reducer:
         self._missing = [{id(p) for p in _living(bucket)} for bucket in self._buckets]
         self._started = 0
         self._flights: list[_Flight] = []
-        self._sums = SumQueue()
-        self._queued, self._task = False, -1
+        self._sums: Sums | None = None
+        self._run: weakref.ref[Run] | None = None
+
+    def _begin(self, mesh: Any) -> Sums:
+        """What this backward's sums are added to. Where the one before raised, its callback and run never came."""
+        if self._sums is None or self._run is None or self._run() is None:
+            self._reset()
+            sums = sums_on(mesh)
+            run = sums.begin()
+            Variable._execution_engine.queue_callback(partial(self._finish, sums, run))
+            self._sums, self._run = sums, weakref.ref(run)
+        return self._sums
 
     def _ready(self, p: Any) -> None:
         if not self.enabled:
             return
-        task = torch._C._current_graph_task_id()
-        if self._queued and self._task != task:  # the backward before this one raised, so it never finished
-            if self._started:
-                raise ExchangeError(
-                    "the backward before this one failed while gradients were being summed, so buckets of the ranks "
-                    "can no longer be matched: start again from the last checkpoint"
-                )
-            self._reset()
-        if not self._queued:
-            self._queued, self._task = True, task
-            Variable._execution_engine.queue_callback(self._finish)
+        sums = self._begin(p._spec.mesh)
         place = self._place[p]
         if place < self._started:
             raise UnsupportedError(
@@ -179,9 +181,9 @@ class Reducer:
             )
         self._missing[place].discard(id(p))
         while self._started < len(self._buckets) and not self._missing[self._started]:
-            self._start_next()
+            self._start_next(sums)
 
-    def _start_next(self) -> None:
+    def _start_next(self, sums: Sums) -> None:
         groups: dict[tuple[Any, ...], list[Any]] = {}
         for p in _living(self._buckets[self._started]):
             if p.grad is not None:
@@ -191,21 +193,26 @@ class Reducer:
                 groups.setdefault((axes, p.grad._local_tensor.dtype), []).append(p)
         for (axes, _), parameters in groups.items():
             self._flights.append(_Flight(parameters, axes))
-            self._sums.add(self._flights[-1].work)
+            sums.queue.add(self._flights[-1].work)
         self._started += 1
 
-    def _finish(self) -> None:
+    def _finish(self, sums: Sums, run: Run) -> None:
         start = time.perf_counter()
         try:
             while self._started < len(self._buckets):
-                self._start_next()
-            self._sums.fold()
+                self._start_next(sums)
+            sums.queue.fold(flight.work for flight in self._flights)
             for flight in self._flights:
                 flight.land()
-        except RuntimeError as error:
-            raise ExchangeError(
-                f"rank {dist.get_rank()}: another rank did not answer while gradients were summed: {error}"
-            ) from error
+        except BaseException as error:
+            sums.fail(run)
+            if isinstance(error, RuntimeError) and not isinstance(error, MeshwrightError):
+                raise ExchangeError(
+                    f"rank {dist.get_rank()}: another rank did not answer while gradients were summed: {error}"
+                ) from error
+            raise
+        else:
+            sums.end(run)
         finally:
             self._reset()
         totals.reduction_s += time.perf_counter() - start
