@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import get_args
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Every convolution without groups is a matrix product."""
     monkeypatch.setattr(matrix_conv, "LARGE_WEIGHT", 0)
     monkeypatch.setattr(matrix_conv, "FEW_POSITIONS", torch.inf)
+    monkeypatch.setattr(matrix_conv, "FEWEST_POSITIONS", torch.inf)
     return
 
 
@@ -38,11 +40,11 @@ def drawn(draw: st.DrawFn) -> tuple[Conv, list[int], list[int], list[tuple[int, 
 
 
 @settings(max_examples=150, deadline=None)
-@given(drawn(), st.booleans())
+@given(drawn(), st.booleans(), st.sampled_from([0, torch.inf]))
 def test_every_geometry(
-    case: tuple[Conv, list[int], list[int], list[tuple[int, int]], tuple[bool, bool], int], bias: bool
+    case: tuple[Conv, list[int], list[int], list[tuple[int, int]], tuple[bool, bool], int], bias: bool, others: float
 ) -> None:
-    """Output and gradients in fp64, dense and in an order that torch gives too."""
+    """Output and gradients in fp64, dense and in an order that torch gives too: products all, or of weights alone."""
     conv, sizes, kernel, pads, last, samples = case
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(samples, 3, *sizes, generator=generator, dtype=torch.float64)
@@ -59,7 +61,9 @@ def test_every_geometry(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matrix_conv, "LARGE_WEIGHT", 0)
         patch.setattr(matrix_conv, "FEW_POSITIONS", torch.inf)
-        assert as_matrix(x, weight, conv, truth.shape[2:])
+        patch.setattr(matrix_conv, "FEWEST_POSITIONS", others)
+        for of in get_args(matrix_conv.Of):
+            assert as_matrix(x, weight, conv, truth.shape[2:], of) == (of == "weight" or others > 0)
         y = conv_forward(x, weight, b, conv, pads, truth.shape[2:])
         torch.testing.assert_close(y, truth.detach())
         grad = torch.randn(truth.shape, generator=generator, dtype=torch.float64)
@@ -68,6 +72,8 @@ def test_every_geometry(
     for ours, want in zip(found, torch.autograd.grad(truth, leaves, grad), strict=True):
         torch.testing.assert_close(ours, want)
     assert nothing == (None, None, None)
+    if not others:  # torch may leave a view of a larger gradient
+        return
     formats = (torch.contiguous_format, LAST[len(kernel)])
     assert all(any(t.is_contiguous(memory_format=f) for f in formats) for t in (y, found[0]))
 
@@ -120,9 +126,23 @@ def test_which_convolutions() -> None:
     """Large weights at few positions, without groups, on the CPU."""
     weight, conv = torch.empty(512, 512, 3, 3), Conv((1, 1), (1, 1), 1)
     x = torch.empty(1, 512, 8, 16)
-    assert as_matrix(x, weight, conv, (8, 16))
-    assert not as_matrix(x, weight, conv, (16, 16))
-    assert not as_matrix(x, weight[:, :256, :, :1], conv, (8, 16))
-    assert not as_matrix(x, weight, Conv((1, 1), (1, 1), 2), (8, 16))
-    assert not as_matrix(x.half(), weight.half(), conv, (8, 16))
-    assert not as_matrix(x.to("meta"), weight, conv, (8, 16))
+    assert as_matrix(x, weight, conv, (8, 16), "weight")
+    assert not as_matrix(x, weight, conv, (16, 16), "weight")
+    assert not as_matrix(x, weight[:, :256, :, :1], conv, (8, 16), "weight")
+    assert not as_matrix(x, weight, Conv((1, 1), (1, 1), 2), (8, 16), "weight")
+    assert not as_matrix(x.half(), weight.half(), conv, (8, 16), "weight")
+    assert not as_matrix(x.to("meta"), weight, conv, (8, 16), "weight")
+    for of in ("output", "input"):
+        assert not as_matrix(x, weight, conv, (8, 16), of)
+        assert as_matrix(x, weight, conv, (4, 8), of)
+
+
+def test_which_outputs_of_volumes() -> None:
+    """In fp32 with channels together torch leaves oneDNN."""
+    weight, conv = torch.empty(256, 256, 3, 3, 3), Conv((1, 1, 1), (1, 1, 1), 1)
+    x = torch.empty(1, 256, 4, 4, 4)
+    last = x.contiguous(memory_format=torch.channels_last_3d)
+    assert as_matrix(last, weight, conv, (4, 4, 4), "output")
+    assert not as_matrix(last, weight, conv, (4, 4, 4), "input")
+    assert not as_matrix(x, weight, conv, (4, 4, 4), "output")
+    assert not as_matrix(last.bfloat16(), weight.bfloat16(), conv, (4, 4, 4), "output")

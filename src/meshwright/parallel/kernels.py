@@ -116,9 +116,11 @@ def widened(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and _slow_halves()
 
 
-def as_matrix(x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int]) -> bool:
-    """Whether a convolution with these outputs is computed as a matrix product."""
-    return matrix_conv.is_matrix(x, weight, conv, out_sizes) and not widened(x)
+def as_matrix(
+    x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int], of: matrix_conv.Of
+) -> bool:
+    """Whether the output of a convolution to `out_sizes`, or a gradient, is computed as a matrix product."""
+    return matrix_conv.is_matrix(x, weight, conv, out_sizes, of) and not widened(x)
 
 
 def _ordered(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -147,7 +149,7 @@ def conv_forward(
     out_sizes: Sequence[int],
 ) -> torch.Tensor:
     """`x` [N, C, *spatial] → [N, F, *out_sizes]: the first `out_sizes` positions of the padded convolution."""
-    if as_matrix(x, weight, conv, out_sizes):
+    if as_matrix(x, weight, conv, out_sizes, "output"):
         with torch.autocast(x.device.type, enabled=False):  # the rules have cast already; backward keeps its dtype
             return _ordered(matrix_conv.forward(x, weight, bias, conv, pads, out_sizes), x, weight)
     plan = [_Pad.of(before, after, stride) for (before, after), stride in zip(pads, conv.stride, strict=True)]
@@ -198,12 +200,19 @@ def conv_backward(
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of `conv_forward` for input, weight and bias, as far as `mask` asks for them."""
-    if as_matrix(x, weight, conv, grad.shape[2:]):
+    own_x, own_weight = (
+        wanted and as_matrix(x, weight, conv, grad.shape[2:], of)
+        for wanted, of in ((mask[0], "input"), (mask[1], "weight"))
+    )
+    if own_x or own_weight:
+        rest = (mask[0] and not own_x, mask[1] and not own_weight, mask[2])
+        found = conv_backward(grad, x, weight, conv, pads, rest) if any(rest) else (None, None, None)
         with torch.autocast(x.device.type, enabled=False):
-            d_x = matrix_conv.input_gradient(grad, x.shape, weight, conv, pads) if mask[0] else None
-            d_weight = matrix_conv.weight_gradient(grad, x, weight, conv, pads) if mask[1] else None
-        d_bias = grad.sum((0, *range(2, grad.ndim))) if mask[2] else None
-        return None if d_x is None else _ordered(d_x, x, weight), d_weight, d_bias
+            d_x = matrix_conv.input_gradient(grad, x.shape, weight, conv, pads) if own_x else found[0]
+            d_weight = matrix_conv.weight_gradient(grad, x, weight, conv, pads) if own_weight else found[1]
+        return _ordered(d_x, x, weight) if own_x and d_x is not None else d_x, d_weight, found[2]
+    if not any(mask[:2]):
+        return None, None, grad.sum((0, *range(2, grad.ndim))) if mask[2] else None
     plan = [_Pad.of(before, after, stride) for (before, after), stride in zip(pads, conv.stride, strict=True)]
     padded = _spatial_pad(x, plan)
     surplus = []

@@ -1,8 +1,9 @@
 """Convolutions with large weights at few positions, as matrix products (im2col).
 
 Deep layers of a volume that is small or split have few positions left and most of the weights. torch's kernels
-reorder those weights on every call, which takes longer than the work; a matrix product reads them where they lie. What
-the positions read is laid out as rows, at most a quarter of the weight in size. Pads may differ on the two sides,
+reorder those weights on every call, which takes longer than the work at very few positions, and their gradient, which
+costs more at four times as many; a matrix product takes them where they lie. What the positions read is laid out as
+rows, at most a quarter of the weight in size. Pads may differ on the two sides,
 and no output is computed that is not wanted. Results have their channels together in memory (channels_last).
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,15 +23,21 @@ if TYPE_CHECKING:
 Pads = Sequence[tuple[int, int]]
 
 LARGE_WEIGHT = 1 << 20  # elements: in smaller ones the reordering costs less than the calls that are made here
-FEW_POSITIONS = 0.25  # of the number of output channels
+FEW_POSITIONS = 0.25  # of the number of output channels: gradients of weights, and outputs where torch is slow
+FEWEST_POSITIONS = 0.0625  # the same for outputs and gradients of inputs
+Of = Literal["output", "input", "weight"]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def is_matrix(x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int]) -> bool:
-    """Whether a convolution with these outputs is better done as a matrix product."""
-    positions = x.shape[0] * math.prod(out_sizes)
-    large = weight.numel() >= LARGE_WEIGHT and conv.groups == 1 and positions <= FEW_POSITIONS * weight.shape[0]
-    return large and x.device.type == "cpu" and x.dtype in _DTYPES
+def is_matrix(x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int], of: Of) -> bool:
+    """Whether the output of a convolution to `out_sizes`, or the gradient of its input or weight, is better done as a
+    matrix product."""
+    if weight.numel() < LARGE_WEIGHT or conv.groups != 1 or x.device.type != "cpu" or x.dtype not in _DTYPES:
+        return False
+    # torch leaves oneDNN for such volumes in fp32, which is slower still where channels lie together
+    slow = of == "output" and x.ndim == 5 and x.dtype == torch.float32 and not x.is_contiguous()
+    few = FEW_POSITIONS if slow or of == "weight" else FEWEST_POSITIONS
+    return x.shape[0] * math.prod(out_sizes) <= few * weight.shape[0]
 
 
 def forward(

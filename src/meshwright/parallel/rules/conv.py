@@ -80,7 +80,7 @@ def conv(
     # A thin convolution reorders the weight anew, which costs more than laying planes next to a part that is smaller;
     # in halves it stays, for torch's weight gradient of some such windows holds memory that nobody wrote.
     light = weight.numel() <= local.numel() or local.dtype in (torch.bfloat16, torch.float16)
-    light = light and not as_matrix(local, w, Conv(stride, dilation, groups), local_out)
+    light = light and not as_matrix(local, w, Conv(stride, dilation, groups), local_out, "weight")
     hidden = light and all(_is_thin(cut, stride[cut.dim - 2]) for cut in cuts)
     for cut in cuts:
         have, want = cut.owned[cut.line.me], cut.wanted[cut.line.me]
