@@ -102,7 +102,7 @@ class Standardize(Function):
             if half:
                 y = norm_kernels.scaled(x, *(t.flatten() for t in (near, scale, moved)))
             else:
-                torch.addcmul(moved, y, scale, out=y)
+                norm_kernels.shifted(y, scale, moved)
         else:
             y.sub_(shift).mul_(rstd if weight is None else rstd * weight.to(wide))
             if bias is not None:
@@ -154,7 +154,7 @@ class Standardize(Function):
         if half:
             per_channel = (t.flatten() for t in (near, scale, slope, level))
             return norm_kernels.input_gradient(grad, x, *per_channel), d_weight, d_bias, *rest
-        d_x = torch.addcmul(level, centred, slope, out=centred).addcmul_(g, scale)
+        d_x = norm_kernels.shifted(centred, slope, level).addcmul_(g, scale)
         return d_x.to(x.dtype), d_weight, d_bias, *rest
 
 
