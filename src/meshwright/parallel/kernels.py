@@ -116,9 +116,7 @@ def widened(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and _slow_halves()
 
 
-def as_matrix(
-    x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int], of: matrix_conv.Of
-) -> bool:
+def as_matrix(x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int], of: matrix_conv.Of) -> bool:
     """Whether the output of a convolution to `out_sizes`, or a gradient, is computed as a matrix product."""
     return matrix_conv.is_matrix(x, weight, conv, out_sizes, of) and not widened(x)
 
@@ -200,10 +198,8 @@ def conv_backward(
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of `conv_forward` for input, weight and bias, as far as `mask` asks for them."""
-    own_x, own_weight = (
-        wanted and as_matrix(x, weight, conv, grad.shape[2:], of)
-        for wanted, of in ((mask[0], "input"), (mask[1], "weight"))
-    )
+    own_x = mask[0] and as_matrix(x, weight, conv, grad.shape[2:], "input")
+    own_weight = mask[1] and as_matrix(x, weight, conv, grad.shape[2:], "weight")
     if own_x or own_weight:
         rest = (mask[0] and not own_x, mask[1] and not own_weight, mask[2])
         found = conv_backward(grad, x, weight, conv, pads, rest) if any(rest) else (None, None, None)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.autograd import Function
 
 from meshwright.parallel.kernels import memory_format
+from meshwright.parallel.taps import gather, spread
 
 _POOL: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _BACKWARD: dict[int, Any] = {2: torch.ops.aten.avg_pool2d_backward, 3: torch.ops.aten.avg_pool3d_backward}
@@ -140,57 +141,18 @@ def _image_spread(grad: torch.Tensor, boxes: Boxes, space: Sequence[int]) -> tor
 
 
 def _depth_pooled(x: torch.Tensor, boxes: Boxes) -> torch.Tensor:
-    """Over the first dim of space: planes are rows, added as a whole."""
+    """Over the first dim of space."""
     kernel, stride, pad = boxes.kernel[0], boxes.stride[0], boxes.pads[0]
     n, c, d, h, w = x.shape
-    rows = x.permute(0, 2, 3, 4, 1).reshape(n, d, h * w * c)
     outs = F.avg_pool1d(x.new_empty(1, 1, d), kernel, stride, pad, boxes.ceil).shape[2]
-    out = x.new_empty((n, outs, h * w * c))
-    _gather_taps(out, rows, kernel, stride, pad)
-    return out.div_(kernel).view(n, outs, h, w, c).permute(0, 4, 1, 2, 3)
-
-
-def _gather_taps(out: torch.Tensor, rows: torch.Tensor, kernel: int, stride: int, pad: int) -> None:
-    """out[:, i] = Σ_k rows[:, i stride - pad + k], zeros outside."""
-    taps = [(k, *_span(out.shape[1], rows.shape[1], k - pad, stride)) for k in range(kernel)]
-    first = max(taps, key=lambda tap: tap[2] - tap[1])  # the tap that all, or nearly all, windows have
-    for k, lo, hi in [first, *(tap for tap in taps if tap is not first)]:
-        source = rows[:, lo * stride - pad + k : (hi - 1) * stride - pad + k + 1 : stride] if hi > lo else None
-        if k == first[0]:
-            out[:, :lo].zero_()
-            out[:, hi:].zero_()
-            if source is not None:
-                out[:, lo:hi].copy_(source)
-        elif source is not None:
-            out[:, lo:hi].add_(source)
-
-
-def _span(outputs: int, size: int, shift: int, stride: int) -> tuple[int, int]:
-    """The outputs i for which 0 <= i stride + shift < size."""
-    lo = min(outputs, max(0, -(shift // stride)))
-    return lo, max(lo, min(outputs, (size - 1 - shift) // stride + 1))
+    out = torch.empty((n, c, outs, h, w), dtype=x.dtype, memory_format=torch.channels_last_3d)
+    gather(out, x, 2, kernel, stride, pad)
+    return out.div_(kernel)
 
 
 def _depth_spread(grad: torch.Tensor, boxes: Boxes, size: int) -> torch.Tensor:
-    """out[:, :, p] = Σ grad[:, :, i] over all i, k with p = i stride - pad + k: undivided, the adjoint of taps."""
-    kernel, stride, pad = boxes.kernel[0], boxes.stride[0], boxes.pads[0]
-    n, c, outputs, h, w = grad.shape
-    rows, out = grad.permute(0, 2, 3, 4, 1).reshape(n, outputs, -1), grad.new_empty((n, size, h * w * c))
-    for phase in range(min(stride, size)):  # positions p with p % stride == phase get from the same taps
-        mine, fresh = out[:, phase::stride], True
-        for k in range((phase + pad) % stride, kernel, stride):
-            shift = (k - pad - phase) // stride  # position number i + shift of this phase
-            lo, hi = max(0, -shift), min(outputs, mine.shape[1] - shift)
-            if hi <= lo:
-                continue
-            target, piece = mine[:, lo + shift : hi + shift], rows[:, lo:hi]
-            if fresh:
-                mine[:, : lo + shift].zero_()
-                mine[:, hi + shift :].zero_()
-                target.copy_(piece)
-                fresh = False
-            else:
-                target.add_(piece)
-        if fresh:
-            mine.zero_()
-    return out.view(n, size, h, w, c).permute(0, 4, 1, 2, 3)
+    """The adjoint, undivided."""
+    n, c, _, h, w = grad.shape
+    out = torch.empty((n, c, size, h, w), dtype=grad.dtype, memory_format=torch.channels_last_3d)
+    spread(out, grad, 2, boxes.kernel[0], boxes.stride[0], boxes.pads[0])
+    return out

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from meshwright.parallel.functions import function, tuple_of
-from meshwright.parallel.pool_kernels import Boxes, average
+from meshwright.parallel.pool_kernels import MOST_TAPS, Boxes, average
+from meshwright.parallel.rules.line_pool import LinePool, Windows
 from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, result_dtype, unravelled
 from meshwright.parallel.tensor import wrap
 from meshwright.plan.geometry import Interval, chunks, pools_early, reached
@@ -181,14 +182,15 @@ def _far(space: Space, out_shape: Sequence[int], grids: Sequence[Grid]) -> list[
     return found
 
 
-def _shares(grid: Grid, out: Interval, size: int, include_pad: bool) -> list[float]:
+@lru_cache(maxsize=4096)
+def _shares(grid: Grid, out: Interval, size: int, include_pad: bool) -> tuple[float, ...]:
     """For each output, the kernel's size over the number of positions that torch counts in its window."""
     shares = []
     for index in range(out.lo, out.hi):
         lo = index * grid.s - grid.p
         hi = min(lo + grid.k, size + grid.p)
         shares.append(grid.k / (hi - lo if include_pad else min(hi, size) - max(lo, 0)))
-    return shares
+    return tuple(shares)
 
 
 def avg_pool(
@@ -213,17 +215,25 @@ def avg_pool(
     far = _far(space, out_shape, grids)
     sizes = zip(grids, input.shape[2:], out_shape[2:], strict=True)
     near = [i for i, (g, size, out) in enumerate(sizes) if i not in far and pools_early(g.k, g.s, size, out)]
-    if far and near and local.dtype in (torch.float32, torch.float64):
-        # Sums over boxes are sums over lines: first where no other rank is needed, then less is left to send and lay
-        # together. Halves would round in between.
-        rest = [i for i in range(n) if i not in near]
-        for stage, override in ((near, 1 if divisor_override else None), (rest, divisor_override)):
-            there = [(grid.k, grid.s, grid.p) if i in stage else (1, 1, 0) for i, grid in enumerate(grids)]
-            k, s, p = (list(values) for values in zip(*there, strict=True))
-            input = avg_pool(n, input, k, s, p, ceil_mode, count_include_pad, override)
-        return input
-    divisor = divisor_override or math.prod(kernel)
     dtype = result_dtype(local, lambda one: _AVG[n](one, 1))
+    if far and local.dtype == dtype and dtype in (torch.float32, torch.float64):
+        # Sums over boxes are sums over lines: first where no other rank is needed, then less is left to send and lay
+        # together; then along the one dim where others are. Halves would round in between.
+        rest, undivided = [i for i in range(n) if i not in (near or far)], 1 if divisor_override else None
+
+        def along(x: Any, dims: Sequence[int], override: int | None) -> Any:
+            there = [(grid.k, grid.s, grid.p) if i in dims else (1, 1, 0) for i, grid in enumerate(grids)]
+            if all(values == (1, 1, 0) for values in there):
+                return x
+            k, s, p = (list(values) for values in zip(*there, strict=True))
+            return avg_pool(n, x, k, s, p, ceil_mode, count_include_pad, override)
+
+        if near:
+            return along(along(input, near, undivided), rest, divisor_override)
+        if len(far) == 1 and grids[far[0]].k <= MOST_TAPS * grids[far[0]].s:
+            y = _line_pooled(space, local, out_shape, far[0], grids, count_include_pad, divisor_override)
+            return along(y, rest, undivided)
+    divisor = divisor_override or math.prod(kernel)
     (y, *_), _ = _pooled(
         space,
         local,
@@ -236,6 +246,29 @@ def avg_pool(
     if not divisor_override and y.numel():
         y = _scaled(space, y, out_shape, grids, count_include_pad)
     return space.done(y, out_shape)
+
+
+def _line_pooled(
+    space: Space,
+    local: torch.Tensor,
+    out_shape: Sequence[int],
+    i: int,
+    grids: Sequence[Grid],
+    include_pad: bool,
+    divisor_override: int | None,
+) -> Any:
+    """Average pooling along dim `i` of space alone, which is split."""
+    grid, line, size = grids[i], space.line(i + 2), space.shape[i + 2]
+    assert line is not None
+    shape = (*space.shape[: i + 2], out_shape[i + 2], *space.shape[i + 3 :])
+    owned, outs = chunks(size, line.ranks), chunks(shape[i + 2], line.ranks)
+    wanted = tuple(grid.window(out, size)[0] for out in outs)
+    share = 1 / (divisor_override or grid.k)
+    y = LinePool.apply(local, Windows(line, owned, wanted, outs, grid.k, grid.s, grid.p, share))
+    if not divisor_override and y.numel():
+        alone = [grid if j == i else Grid(1, 1, 0, 1) for j in range(len(grids))]
+        y = _scaled(space, y, shape, alone, include_pad)
+    return space.done(y, shape)
 
 
 def _scaled(

@@ -1,0 +1,83 @@
+"""Average pooling along one split dim, with the exchange hidden behind the local work.
+
+A sum is linear, as a convolution is (see docs/windows.md, "Linearity"): planes of neighbours are added to the windows
+that read them when they are there, and nothing is laid together. The gradient is the adjoint, whose gradient is the
+pooling again.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch.autograd import Function
+
+from meshwright.parallel.comm import dense_strides
+from meshwright.parallel.exchange import Intervals, Line, Posted
+from meshwright.parallel.taps import gather, gather_more, spread
+from meshwright.plan.geometry import Interval
+
+
+class Windows(NamedTuple):
+    """The windows of all ranks along a line: `owned` and `wanted` are positions, `outs` the windows of each rank."""
+
+    line: Line
+    owned: Intervals
+    wanted: Intervals
+    outs: Intervals
+    kernel: int
+    stride: int
+    padding: int
+    share: float  # of each position in the result
+
+    def pad(self, span: Interval) -> int:
+        """How far the first window of this rank begins before `span`."""
+        return span.lo - (self.outs[self.line.me].lo * self.stride - self.padding)
+
+
+def _sized(like: torch.Tensor, dim: int, size: int) -> torch.Tensor:
+    """Memory for a part of this size along `dim`, in the order of `like`."""
+    shape = [*like.shape[:dim], size, *like.shape[dim + 1 :]]
+    return torch.empty_strided(shape, dense_strides(like, shape), dtype=like.dtype, device=like.device)
+
+
+class LinePool(Function):
+    """The sums of this rank's windows; its gradient is `LineSpread`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, windows: Windows) -> torch.Tensor:
+        line, owned, wanted, outs, kernel, stride, _, share = ctx.windows = windows
+        posted = Posted(x, owned, wanted, line)
+        out = _sized(x, line.dim, outs[line.me].size)
+        gather(out, x, line.dim, kernel, stride, windows.pad(owned[line.me]), share)
+        for span, _, piece in posted.pieces():
+            gather_more(out, piece, line.dim, kernel, stride, windows.pad(span), share)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return LineSpread.apply(grad, ctx.windows), None
+
+
+class LineSpread(Function):
+    """The adjoint of `LinePool`: each result hands its share to the positions of its window, wherever they are."""
+
+    @staticmethod
+    def forward(ctx: Any, grad: torch.Tensor, windows: Windows) -> torch.Tensor:
+        line, owned, wanted, _, kernel, stride, _, share = ctx.windows = windows
+
+        def of(span: Interval) -> torch.Tensor:
+            out = _sized(grad, line.dim, span.size)
+            spread(out, grad, line.dim, kernel, stride, windows.pad(span), share)
+            return out
+
+        posted = Posted(grad, wanted, owned, line, of)
+        own = owned[line.me]
+        out = of(own)
+        for span, _, piece in posted.pieces():
+            out.narrow(line.dim, span.lo - own.lo, span.size).add_(piece)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        return LinePool.apply(grad, ctx.windows), None
