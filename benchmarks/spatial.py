@@ -1,12 +1,13 @@
 """How close a split network comes to no communication at all.
 
 Two one-thread ranks train the benchmark U-Net (docs/performance.md) on one volume split in depth, against two
-one-thread ranks that each train on half of the volume and never talk: the limit. The halves run twice, as plain
-torch runs them and with Meshwright's choice of kernels. A third comparison runs the whole volume on one rank,
-plain and under `parallelize`. All variants of a comparison run in the same processes, interleaved; every figure is
-a median of paired ratios with a bootstrap confidence interval. Where its memory lies makes a model up to 4 % faster or
-slower than its equal in the same process, for as long as that lives: `--launches` repeats all in fresh processes, and
-the interval is over them too.
+one-thread ranks that each train on half of the volume and never talk: the limit. The halves run three times, as plain
+torch runs them, with Meshwright's choice of kernels, and with these while they meet as often as the split network
+(spatial_meetings.py): what is left of the distance to them is Meshwright's own. Another comparison runs the whole
+volume on one rank, plain and under `parallelize`. All variants of a comparison run in the same processes, interleaved;
+every figure is a median of paired ratios with a bootstrap confidence interval. Where its memory lies makes a model up
+to 4 % faster or slower than its equal in the same process, for as long as that lives: `--launches` repeats all in fresh
+processes, and the interval is over them too.
 
     python benchmarks/spatial.py                 # fp32 and bf16, 96 cubed, 21 rounds
     python benchmarks/spatial.py --size 64 --rounds 7 --dtype fp32
@@ -33,6 +34,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from spatial_meetings import meeting
 from torch import nn
 
 import meshwright as mw
@@ -159,6 +161,7 @@ def two_ranks(name: str, size: int, rounds: int, dtype_name: str, plain: bool) -
     steps = {
         "plain halves": trainer(copy.deepcopy(lone), half),
         "tuned halves": trainer(same_kernels(copy.deepcopy(lone)), half),
+        "met halves": trainer(meeting(same_kernels(copy.deepcopy(lone))), half),
         "meshwright": trainer(mw.parallelize(copy.deepcopy(base), plan, strict=True), mw.shard(x, plan)),
     }
     seconds, spent = rounds_of({name: step for name, step in steps.items() if plain or "plain" not in name}, rounds)
@@ -221,6 +224,10 @@ def show(title: str, seconds: dict[str, list[float]], spent: dict[str, float], l
             found[name] = ratio(seconds["meshwright"], seconds[name], launches)
             middle, low, high = found[name]
             print(f"  meshwright / {name:14s} {middle:.3f}  [{low:.3f}, {high:.3f}]")
+    if "met halves" in seconds:
+        found["met by tuned"] = ratio(seconds["met halves"], seconds["tuned halves"], launches)
+        middle, low, high = found["met by tuned"]
+        print(f"  met / tuned halves          {middle:.3f}  [{low:.3f}, {high:.3f}]")
     for key in ("exchange_post_s", "exchange_wait_s", "boundary_s", "reduction_s"):
         print(f"  per step: {key:16s} {1e3 * spent[key] / rounds:8.2f} ms")
     print(f"  per step: {spent['sent_bytes'] / rounds / 2**20:.2f} MiB in {spent['messages'] / rounds:.0f} messages")
