@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from meshwright.cluster.limits import exchange_timeout_s
 from meshwright.parallel.shared import Channel
-from meshwright.parallel.transport import Transfer, channels
+from meshwright.parallel.transport import Transfer, channels, place_in
 from meshwright.plan.geometry import chunk
 
 # torch 2.13 renamed it
@@ -68,7 +68,7 @@ class Sum:
         self._out: Transfer | None = None
         self._back: Transfer | None = None
         known = channels(group) if parts[0].device.type == "cpu" else {}
-        ranks, self._me = dist.get_world_size(group), dist.get_rank(group)
+        self._me, ranks = place_in(group)
         if known and ranks == 2:
             self._other = known[1 - self._me]
             self._other.send(parts, exchange_timeout_s())
@@ -172,7 +172,7 @@ class Gather:
             flat_in = local.as_strided((local.numel(),), (1,)).view(torch.uint8)
             self._work = _all_gather(out.view(-1).view(torch.uint8), flat_in, group=group, async_op=True)
             return
-        me, ranks = dist.get_rank(group), dist.get_world_size(group)
+        me, ranks = place_in(group)
         peers = [rank for rank in range(ranks) if rank != me]
         self._work = Transfer(group, [(peer, local) for peer in peers], [(peer, out[peer]) for peer in peers])
         out[me].copy_(local)

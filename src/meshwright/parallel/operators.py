@@ -15,6 +15,7 @@ from torch.distributed.tensor import Partial, Shard
 
 from meshwright.errors import StrictError, UnsupportedError
 from meshwright.parallel.account import layer, nobody, totals
+from meshwright.parallel.at_once import at_once
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.copies import check_writable, remember, set_runner, written
 from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
@@ -39,6 +40,7 @@ class _Operator(NamedTuple):
     is_linear: bool
     views: bool  # returns views of its first argument
     targets: tuple[tuple[int, str], ...]  # position and name of the arguments it writes to
+    is_simple: bool  # elementwise, with one result: a new tensor, or its first argument
 
     @classmethod
     def of(cls, func: Any) -> _Operator:
@@ -53,7 +55,12 @@ class _Operator(NamedTuple):
             for i, argument in enumerate(func._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
-        return cls(rule, writes, writes and torch.Tag.inplace_view in tags, func in LINEAR, views, targets)
+        reshapes = writes and torch.Tag.inplace_view in tags
+        to_first = not targets or [i for i, _ in targets] == [0]
+        is_tensor = len(returns) == 1 and isinstance(returns[0].type, torch.TensorType)
+        is_simple = rule is not None and rule in (_pointwise_rule, OPERATORS.get(torch.ops.aten.detach.default))
+        is_simple = is_simple and is_tensor and to_first and not reshapes
+        return cls(rule, writes, reshapes, func in LINEAR, views, targets, is_simple)
 
 
 def _about(func: Any) -> _Operator:
@@ -123,11 +130,15 @@ def _map(values: Any, change: Callable[[Any], Any]) -> Any:
 
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run one ATen operator on mesh tensors."""
+    known = _about(func)
+    if known.is_simple and not kwargs:
+        result = at_once(func, args, known.writes, known.rule is not _pointwise_rule)
+        if result is not NotImplemented:
+            return result
     tensors = mesh_tensors([*args, *kwargs.values()] if kwargs else args)
     for t in tensors:
         if t._frozen_view:
             fresh(t)
-    known = _about(func)
     if known.writes and not known.reshapes:
         for t in _written(func, args, kwargs):
             if t._frozen_view:

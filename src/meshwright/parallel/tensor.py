@@ -203,6 +203,17 @@ def wrap(
     return out
 
 
+def alike(local: torch.Tensor, other: Any) -> MeshTensor:
+    """`local`, which lies as the part of `other` does, under the very spec of `other`: half the time of `wrap`."""
+    spec, meta = other._spec, other._spec.tensor_meta
+    out = torch.Tensor._make_wrapper_subclass(
+        MeshTensor, meta.shape, strides=meta.stride, dtype=meta.dtype, device=local.device, requires_grad=False
+    )
+    out._local_tensor, out._spec = local, spec
+    out._ledger = where.stack[-1][0] if other._ledger is None and where.stack else other._ledger
+    return out
+
+
 def fresh(x: Any) -> None:
     """A copy of what one device would view is fetched anew if it was written elsewhere; collective then."""
     if x._source is not None:

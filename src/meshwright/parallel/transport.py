@@ -42,6 +42,12 @@ def _is_wanted() -> bool:
     return value == "auto" and hasattr(os, "memfd_create")
 
 
+@lru_cache(maxsize=1024)
+def place_in(group: dist.ProcessGroup) -> tuple[int, int]:
+    """This rank in the group, and the number of its ranks: torch looks both up anew, as long as a small message."""
+    return dist.get_rank(group), dist.get_world_size(group)
+
+
 def channels(group: dist.ProcessGroup, lane: int = 0) -> dict[int, Channel]:
     """The channels to the other ranks of a group, by rank in the group; none: messages. Collective, once a lane.
 
@@ -96,6 +102,7 @@ def _leave() -> None:
     for channel in list(_living):
         channel.finish(LEAVE_S)
     _channels.cache_clear()  # they are kept by group
+    place_in.cache_clear()
 
 
 when_leaving(_leave)
