@@ -133,11 +133,12 @@ def counted(step: Step, parts: Sequence[int], batch: int = 1) -> list[Count]:
     got = [[[n for (_, t), n in c.items() if t == i] for i in range(p)] for c, p in zip(pieces, parts, strict=True)]
     results = []
     for place in places(parts):
-        extent = [owners[dim].count(place[dim]) for dim in range(len(parts))]
+        extent, pooled = [owners[dim].count(place[dim]) for dim in range(len(parts))], set()
         if step.kind == "avg_pool":  # dims that need no other rank are pooled before anything is sent, unless they grow
             for dim, p in enumerate(parts):
                 if not pieces[dim] and step.outputs(dim) <= step.space[dim]:
                     extent[dim] = _owner(step.outputs(dim), p).count(place[dim])
+                    pooled.add(dim)
         out = Count()
         for dim in step.order():
             if parts[dim] == 1:  # nothing is cut there, nor cut off
@@ -147,7 +148,8 @@ def counted(step: Step, parts: Sequence[int], batch: int = 1) -> list[Count]:
             if not step.trains_input:
                 here = []
             out = out.plus(Count(sum(away) * others, len(away), sum(here) * others, len(here)))
-            extent[dim] = len(reads[dim][place[dim]])
+            if dim not in pooled:
+                extent[dim] = len(reads[dim][place[dim]])
         results.append(out)
     return results
 

@@ -72,10 +72,16 @@ def line() -> nn.Module:
     return nn.Sequential(nn.Conv1d(2, 3, 7, padding=6), nn.AvgPool1d(3, 1, 1), nn.Conv1d(3, 2, 2, stride=4))
 
 
+def near() -> nn.Module:
+    """Average pooling that needs no neighbour along height, which becomes shorter before width is exchanged."""
+    return nn.Sequential(nn.AvgPool2d((2, 4), stride=(4, 2), padding=(0, 1)))
+
+
 # name → module, shape of its input, plans; whether the input is trained
 OTHERS: dict[str, tuple[Any, tuple[int, ...], list[dict[str, int]], bool]] = {
     "uneven": (uneven, (2, 2, 13, 11, 9), [{"data": 2, "depth": 2, "height": 2}, {"depth": 4, "width": 2}], False),
     "flat": (flat, (4, 3, 17, 22), [{"height": 4, "width": 2}, {"data": 2, "height": 2, "width": 2}], True),
+    "near": (near, (2, 2, 8, 18), [{"data": 2, "height": 2, "width": 2}, {"height": 2, "width": 4}], True),
     "line": (line, (3, 2, 29), [{"width": 8}, {"data": 2, "width": 4}, {"data": 4, "width": 2}], True),
 }
 

@@ -3,8 +3,8 @@
 Deep layers of a volume that is small or split have few positions left and most of the weights. torch's kernels
 reorder those weights on every call, which takes longer than the work at very few positions, and their gradient, which
 costs more at four times as many; a matrix product takes them where they lie. What the positions read is laid out as
-rows, at most a quarter of the weight in size. Pads may differ on the two sides,
-and no output is computed that is not wanted. Results have their channels together in memory (channels_last).
+rows, at most a quarter of the weight in size. Pads may differ on the two sides, and no output is computed that is not
+wanted. Results have their channels together in memory (channels_last).
 """
 
 from __future__ import annotations

@@ -58,8 +58,9 @@ class _Operator(NamedTuple):
         reshapes = writes and torch.Tag.inplace_view in tags
         to_first = not targets or [i for i, _ in targets] == [0]
         is_tensor = len(returns) == 1 and isinstance(returns[0].type, torch.TensorType)
-        is_simple = rule is not None and rule in (_pointwise_rule, OPERATORS.get(torch.ops.aten.detach.default))
-        is_simple = is_simple and is_tensor and to_first and not reshapes
+        identity = OPERATORS.get(torch.ops.aten.detach.default)  # the rule for operators that return their argument
+        is_known = rule is not None and rule in (_pointwise_rule, identity)
+        is_simple = is_known and is_tensor and to_first and not reshapes
         return cls(rule, writes, reshapes, func in LINEAR, views, targets, is_simple)
 
 

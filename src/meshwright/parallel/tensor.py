@@ -204,7 +204,8 @@ def wrap(
 
 
 def alike(local: torch.Tensor, other: Any) -> MeshTensor:
-    """`local`, which lies as the part of `other` does, under the very spec of `other`: half the time of `wrap`."""
+    """`local`, which lies as the part of `other` does and has no history, under the very spec of `other`: half the time
+    of `wrap`."""
     spec, meta = other._spec, other._spec.tensor_meta
     out = torch.Tensor._make_wrapper_subclass(
         MeshTensor, meta.shape, strides=meta.stride, dtype=meta.dtype, device=local.device, requires_grad=False

@@ -100,8 +100,7 @@ def _exchange(layer: Layer, plan: Plan, rank: int) -> Exchange:
         return Exchange(layer, total(_gathers(layer, plan, space, extents)), Sent(), elements)
     # convolution exchanges the last dim first, pooling the first
     space.sort(key=lambda entry: entry[1], reverse=layer.op == "convolution")
-    if layer.op == "avg_pool":
-        _pool_near(layer, plan, space, place, extents)
+    shorter = _pool_near(layer, plan, space, place, extents) if layer.op == "avg_pool" else set()
     forward, backward = Sent(), Sent()
     for axis, dim in space:
         cut = _cut(layer.shape[dim], layer.out[dim], layer.taps[dim - 2], plan.axes[axis].size)[place[axis]]
@@ -109,14 +108,19 @@ def _exchange(layer: Layer, plan: Plan, rank: int) -> Exchange:
         if plane_bytes:
             forward = forward.plus(Sent(sum(cut.sent) * plane_bytes, len(cut.sent)))
             backward = backward.plus(Sent(sum(cut.received) * plane_bytes, len(cut.received)))
-        extents[dim] = cut.wanted
+        if dim not in shorter:
+            extents[dim] = cut.wanted
     return Exchange(layer, forward, backward if layer.trains_input else Sent(), elements)
 
 
 def _pool_near(
     layer: Layer, plan: Plan, space: Sequence[tuple[int, int]], place: Sequence[int], extents: list[int]
-) -> None:
-    """Average pooling sums first along the dims that need no other rank (but halves, which would round in between)."""
+) -> set[int]:
+    """Average pooling sums first along the dims that need no other rank (but halves, which would round in between).
+
+    These are returned, and `extents` are shorter there.
+    """
+    shorter = set()
     parts = dict.fromkeys(range(2, len(layer.shape)), (1, 0)) | {
         dim: (plan.axes[axis].size, place[axis]) for axis, dim in space
     }
@@ -129,6 +133,8 @@ def _pool_near(
             and pools_early(tap.kernel, tap.stride, size, out)
         ):
             extents[dim] = chunk(out, *parts[dim]).size
+            shorter.add(dim)
+    return shorter
 
 
 class _Cut(NamedTuple):

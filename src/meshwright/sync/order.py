@@ -21,7 +21,7 @@ from meshwright.parallel.mesh import reduction_groups
 
 
 class Run:
-    """One module's part in one backward, held by the engine alone: it is gone when that backward is over or failed."""
+    """One module's part in one backward, held by the engine alone until its callback runs: gone if that never came."""
 
 
 class Sums:
@@ -31,7 +31,7 @@ class Sums:
         self.queue = SumQueue()
         self._name = reduction_groups(mesh)[0].group_name
         self._runs: list[weakref.ref[Run]] = []
-        self._has_failed, self._failures = False, 0
+        self._has_failed = False
 
     def begin(self) -> Run:
         """A run that `end` or `fail` ends.
@@ -58,8 +58,9 @@ class Sums:
     def _agree(self) -> None:
         """Through the job's store: whatever travels by the groups would meet what the failed backward left there."""
         me, store = dist.get_rank(), dist.distributed_c10d._get_default_store()
-        keys = [f"meshwright/failed/{self._name}/{self._failures}/{rank}" for rank in range(dist.get_world_size())]
-        self._failures += 1
+        ranks, place = dist.get_world_size(), f"meshwright/failed/{self._name}"
+        turn = (store.add(place, 1) - 1) // ranks  # the store may outlive process groups
+        keys = [f"{place}/{turn}/{rank}" for rank in range(ranks)]
         store.set(keys[me], str(self.queue.added))
         try:
             store.wait(keys, timedelta(seconds=exchange_timeout_s()))

@@ -24,7 +24,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from meshwright.errors import ExchangeError, MeshwrightError, UnsupportedError
 from meshwright.parallel.account import totals
 from meshwright.parallel.apply import set_reducer
-from meshwright.parallel.collective import Sum, summed_bytes
+from meshwright.parallel.collective import Sum, SumQueue, summed_bytes
 from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, splits
 from meshwright.parallel.mesh import SUMS_LANE, reduction_groups, sizes
 from meshwright.parallel.tensor import is_mesh, spec_of
@@ -69,18 +69,20 @@ class _Flight:
         totals.messages += 1
         return Sum(parts, pg, lane=SUMS_LANE, out=out)
 
-    def land(self) -> None:
-        """Wait, and give every parameter its sum."""
+    def land(self, queue: SumQueue) -> list[tuple[int, ...]]:
+        """Wait, and give every parameter its sum, but those of the shapes returned: a hook changed their gradients."""
         self.work.wait()
         for stage in self.stages[1:]:
-            self._start(self.work.results, self.work.results, *stage).wait()
+            self.work = self._start(self.work.results, self.work.results, *stage)
+            queue.add(self.work)  # other modules have sums on this axis, too
+            queue.fold([self.work])
+            self.work.wait()
+        changed = []
         given = zip(self.parameters, self.held, self.parts, self.work.results, strict=True)
         for p, (grad, held, version), part, total in given:
             if p.grad is not grad or grad._local_tensor is not held or grad._version != version:
-                raise UnsupportedError(
-                    f"a hook changed the gradient of a parameter of shape {tuple(p.shape)} while its sum was "
-                    "under way; use p.register_hook, which sees the gradient before, or change it after backward()"
-                )
+                changed.append(tuple(p.shape))
+                continue
             placements = tuple(
                 REPLICATE if axis in self.axes else place for axis, place in enumerate(grad._spec.placements)
             )
@@ -92,6 +94,20 @@ class _Flight:
                     local
                 )
             grad._local_tensor = local
+        return changed
+
+
+@contextmanager
+def _named() -> Iterator[None]:
+    """What a neighbour's end or silence raises, by its name."""
+    try:
+        yield
+    except MeshwrightError:
+        raise
+    except RuntimeError as error:
+        raise ExchangeError(
+            f"rank {dist.get_rank()}: another rank did not answer while gradients were summed: {error}"
+        ) from error
 
 
 def _as_summand(grad: Any) -> None:
@@ -192,30 +208,32 @@ class Reducer:
             if axes:
                 groups.setdefault((axes, p.grad._local_tensor.dtype), []).append(p)
         for (axes, _), parameters in groups.items():
-            self._flights.append(_Flight(parameters, axes))
-            sums.queue.add(self._flights[-1].work)
+            with _named():
+                self._flights.append(_Flight(parameters, axes))
+                sums.queue.add(self._flights[-1].work)
         self._started += 1
 
     def _finish(self, sums: Sums, run: Run) -> None:
-        start = time.perf_counter()
+        start, changed = time.perf_counter(), []
         try:
             while self._started < len(self._buckets):
                 self._start_next(sums)
-            sums.queue.fold(flight.work for flight in self._flights)
-            for flight in self._flights:
-                flight.land()
-        except BaseException as error:
+            with _named():
+                sums.queue.fold(flight.work for flight in self._flights)
+                for flight in self._flights:
+                    changed += flight.land(sums.queue)
+        except BaseException:
             sums.fail(run)
-            if isinstance(error, RuntimeError) and not isinstance(error, MeshwrightError):
-                raise ExchangeError(
-                    f"rank {dist.get_rank()}: another rank did not answer while gradients were summed: {error}"
-                ) from error
             raise
-        else:
-            sums.end(run)
         finally:
             self._reset()
+        sums.end(run)
         totals.reduction_s += time.perf_counter() - start
+        if changed:
+            raise UnsupportedError(
+                f"a hook changed the gradients of parameters of shape {', '.join(map(str, changed))} while their sums "
+                "were under way; use p.register_hook, which sees the gradient before, or change it after backward()"
+            )
 
 
 _reducers: weakref.WeakKeyDictionary[torch.nn.Module, Reducer] = weakref.WeakKeyDictionary()

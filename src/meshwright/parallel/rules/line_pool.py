@@ -30,9 +30,10 @@ class Windows(NamedTuple):
     padding: int
     share: float  # of each position in the result
 
-    def pad(self, span: Interval) -> int:
-        """How far the first window of this rank begins before `span`."""
-        return span.lo - (self.outs[self.line.me].lo * self.stride - self.padding)
+    def over(self, span: Interval) -> tuple[int, int, int, int, float]:
+        """Dim, kernel, stride, pad and share of this rank's windows over the positions of `span`."""
+        first = self.outs[self.line.me].lo * self.stride - self.padding
+        return self.line.dim, self.kernel, self.stride, span.lo - first, self.share
 
 
 def _sized(like: torch.Tensor, dim: int, size: int) -> torch.Tensor:
@@ -46,12 +47,13 @@ class LinePool(Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, windows: Windows) -> torch.Tensor:
-        line, owned, wanted, outs, kernel, stride, _, share = ctx.windows = windows
-        posted = Posted(x, owned, wanted, line)
-        out = _sized(x, line.dim, outs[line.me].size)
-        gather(out, x, line.dim, kernel, stride, windows.pad(owned[line.me]), share)
+        ctx.windows = windows
+        line, me = windows.line, windows.line.me
+        posted = Posted(x, windows.owned, windows.wanted, line)
+        out = _sized(x, line.dim, windows.outs[me].size)
+        gather(out, x, *windows.over(windows.owned[me]))
         for span, _, piece in posted.pieces():
-            gather_more(out, piece, line.dim, kernel, stride, windows.pad(span), share)
+            gather_more(out, piece, *windows.over(span))
         return out
 
     @staticmethod
@@ -64,15 +66,15 @@ class LineSpread(Function):
 
     @staticmethod
     def forward(ctx: Any, grad: torch.Tensor, windows: Windows) -> torch.Tensor:
-        line, owned, wanted, _, kernel, stride, _, share = ctx.windows = windows
+        ctx.windows = windows
+        line, own = windows.line, windows.owned[windows.line.me]
 
         def of(span: Interval) -> torch.Tensor:
             out = _sized(grad, line.dim, span.size)
-            spread(out, grad, line.dim, kernel, stride, windows.pad(span), share)
+            spread(out, grad, *windows.over(span))
             return out
 
-        posted = Posted(grad, wanted, owned, line, of)
-        own = owned[line.me]
+        posted = Posted(grad, windows.wanted, windows.owned, line, of)
         out = of(own)
         for span, _, piece in posted.pieces():
             out.narrow(line.dim, span.lo - own.lo, span.size).add_(piece)

@@ -219,7 +219,8 @@ def avg_pool(
     if far and local.dtype == dtype and dtype in (torch.float32, torch.float64):
         # Sums over boxes are sums over lines: first where no other rank is needed, then less is left to send and lay
         # together; then along the one dim where others are. Halves would round in between.
-        rest, undivided = [i for i in range(n) if i not in (near or far)], 1 if divisor_override else None
+        rest = [i for i in range(n) if i not in (near or far)]
+        undivided = 1 if divisor_override else None
 
         def along(x: Any, dims: Sequence[int], override: int | None) -> Any:
             there = [(grid.k, grid.s, grid.p) if i in dims else (1, 1, 0) for i, grid in enumerate(grids)]
