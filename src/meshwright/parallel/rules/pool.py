@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
@@ -19,49 +18,14 @@ import torch.nn.functional as F
 
 from meshwright.parallel.functions import function, tuple_of
 from meshwright.parallel.pool_kernels import MOST_TAPS, Boxes, average
+from meshwright.parallel.rules.grids import Grid, far_dims, grids_of, shares
 from meshwright.parallel.rules.line_pool import LinePool, Windows
 from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, result_dtype, unravelled
 from meshwright.parallel.tensor import wrap
-from meshwright.plan.geometry import Interval, chunks, pools_early, reached
+from meshwright.plan.geometry import Interval, chunks, pools_early
 
 _MAX: dict[int, Any] = {1: F.max_pool1d, 2: F.max_pool2d, 3: F.max_pool3d}
 _AVG: dict[int, Any] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
-
-
-@dataclass(frozen=True)
-class Grid:
-    """The windows of one dim: kernel, stride, padding, dilation."""
-
-    k: int
-    s: int
-    p: int
-    d: int
-
-    @property
-    def reach(self) -> int:
-        """Positions that one window spans."""
-        return self.d * (self.k - 1) + 1
-
-    def outputs(self, size: int, padding: int, ceil: bool) -> int:
-        """How many windows the plain operator has on `size` positions (torch's `pooling_output_shape`)."""
-        room = size + 2 * padding - self.reach
-        count = (-(-room // self.s) if ceil else room // self.s) + 1
-        return count - 1 if ceil and (count - 1) * self.s >= size + padding else count
-
-    def window(self, out: Interval, size: int) -> tuple[Interval, int, int]:
-        """The input that outputs `out` read, and how far they reach before and after it."""
-        return reached(out, size, self.k, self.s, self.p, self.d)
-
-    def fit(self, size: int, before: int, outputs: int, ceil: bool) -> tuple[int, int] | None:
-        """Padding with which the plain operator on a window of `size` has our `outputs`, and how many it has before
-        them; None where no padding does."""
-        if size < self.reach:  # some plain operators refuse
-            return None
-        for padding in range(before, max(self.k // 2, self.p) + 1, self.s):
-            drop = (padding - before) // self.s
-            if self.outputs(size, padding, ceil) >= drop + outputs:
-                return padding, drop
-        return None
 
 
 @lru_cache(maxsize=4096)
@@ -114,12 +78,6 @@ def _pooled(
     return outs, spans
 
 
-def _grids(n: int, kernel: Any, stride: Any, padding: Any, dilation: Any) -> list[Grid]:
-    kernel = tuple_of(kernel, n)
-    stride = kernel if stride is None or stride == [] or stride == () else tuple_of(stride, n)
-    return [Grid(*v) for v in zip(kernel, stride, tuple_of(padding, n), tuple_of(dilation, n), strict=True)]
-
-
 def max_pool(
     n: int,
     input: Any,
@@ -134,7 +92,7 @@ def max_pool(
     if input.ndim == n + 1:
         out = max_pool(n, input.unsqueeze(0), kernel_size, stride, padding, dilation, ceil_mode, return_indices)
         return (out[0].squeeze(0), out[1].squeeze(0)) if return_indices else out.squeeze(0)
-    grids = _grids(n, kernel_size, stride, padding, dilation)
+    grids = grids_of(n, kernel_size, stride, padding, dilation)
     args = tuple(zip(*((g.k, g.s, g.p, g.d) for g in grids), strict=True))
     out_shape = _sizes(_MAX[n], tuple(input.shape), (*args, ceil_mode))
     kernel, stride, _, dilation = args
@@ -168,31 +126,6 @@ def _positions(index: torch.Tensor, spans: Sequence[Interval], space: Space, gri
     return raster(places, space.shape[2:])
 
 
-def _far(space: Space, out_shape: Sequence[int], grids: Sequence[Grid]) -> list[int]:
-    """The dims along which some rank reads what another one owns."""
-    found = []
-    for i, grid in enumerate(grids):
-        size, line = space.shape[i + 2], space.line(i + 2)
-        if line is None:
-            continue
-        windows = (grid.window(out, size)[0] for out in chunks(out_shape[i + 2], line.ranks))
-        owned = chunks(size, line.ranks)
-        if any(w.size and w.meet(own) != w for w, own in zip(windows, owned, strict=True)):
-            found.append(i)
-    return found
-
-
-@lru_cache(maxsize=4096)
-def _shares(grid: Grid, out: Interval, size: int, include_pad: bool) -> tuple[float, ...]:
-    """For each output, the kernel's size over the number of positions that torch counts in its window."""
-    shares = []
-    for index in range(out.lo, out.hi):
-        lo = index * grid.s - grid.p
-        hi = min(lo + grid.k, size + grid.p)
-        shares.append(grid.k / (hi - lo if include_pad else min(hi, size) - max(lo, 0)))
-    return tuple(shares)
-
-
 def avg_pool(
     n: int,
     input: Any,
@@ -207,12 +140,12 @@ def avg_pool(
     if input.ndim == n + 1:
         given = (kernel_size, stride, padding, ceil_mode, count_include_pad, divisor_override)
         return avg_pool(n, input.unsqueeze(0), *given).squeeze(0)
-    grids = _grids(n, kernel_size, stride, padding, 1)
+    grids = grids_of(n, kernel_size, stride, padding, 1)
     kernel, strides, pads = zip(*((g.k, g.s, g.p) for g in grids), strict=True)
     options = (ceil_mode, count_include_pad, *([] if n == 1 else [divisor_override]))
     out_shape = _sizes(_AVG[n], tuple(input.shape), (kernel, strides, pads, *options))
     space, local = enter(input, "avg_pool")
-    far = _far(space, out_shape, grids)
+    far = far_dims(space, out_shape, grids)
     sizes = zip(grids, input.shape[2:], out_shape[2:], strict=True)
     near = [i for i, (g, size, out) in enumerate(sizes) if i not in far and pools_early(g.k, g.s, size, out)]
     dtype = result_dtype(local, lambda one: _AVG[n](one, 1))
@@ -280,10 +213,10 @@ def _scaled(
     for i, grid in enumerate(grids):
         line = space.line(i + 2)
         out = chunks(out_shape[i + 2], line.ranks)[line.me] if line else Interval(0, out_shape[i + 2])
-        shares = _shares(grid, out, space.shape[i + 2], include_pad)
-        if any(share != 1 for share in shares):
+        found = shares(grid, out, space.shape[i + 2], include_pad)
+        if any(share != 1 for share in found):
             wide = torch.float64 if y.dtype == torch.float64 else torch.float32
-            one = torch.tensor(shares, dtype=wide, device=y.device).view(-1, *(1 for _ in grids[i + 1 :]))
+            one = torch.tensor(found, dtype=wide, device=y.device).view(-1, *(1 for _ in grids[i + 1 :]))
             factor = one if factor is None else factor * one
     return y if factor is None else (y * factor).to(y.dtype)
 
