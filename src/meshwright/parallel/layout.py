@@ -9,7 +9,7 @@ from torch.distributed.tensor import Partial, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement
 
 from meshwright.parallel.mesh import coordinates, sizes
-from meshwright.plan.geometry import Interval, chunk
+from meshwright.plan.geometry import Interval, chunk, chunks
 
 Placements = tuple[Placement, ...]
 REPLICATE = Replicate()
@@ -76,6 +76,19 @@ def local_shape(mesh: DeviceMesh, placements: Placements, shape: tuple[int, ...]
     for axis, dim in splits(placements):
         out[dim] = chunk(shape[dim], sizes(mesh)[axis], coordinates(mesh)[axis]).size
     return tuple(out)
+
+
+Shares = tuple[tuple[int, tuple[float, ...]], ...]  # of the ranks along each of some axes, in what they split
+
+
+@lru_cache(maxsize=4096)
+def shares(ranks: tuple[int, ...], placements: Placements, shape: tuple[int, ...], dims: tuple[int, ...]) -> Shares:
+    """Which part of `dims` each of the `ranks` of an axis holds, for every axis that splits one of them."""
+    return tuple(
+        (axis, tuple(part.size / max(1, shape[dim]) for part in chunks(shape[dim], ranks[axis])))
+        for axis, dim in splits(placements)
+        if dim in dims
+    )
 
 
 @lru_cache(maxsize=16384)

@@ -20,8 +20,11 @@ from meshwright.parallel.functions import (
     placements_of,
 )
 from meshwright.parallel.kernels import memory_format
-from meshwright.parallel.layout import Placements, axis_of, split_axes, splits
+from meshwright.parallel.layout import Placements, axis_of, shares, split_axes, splits
+from meshwright.parallel.mesh import sizes
+from meshwright.parallel.norm_kernels import is_per_channel, statistics
 from meshwright.parallel.redistribute import from_local, replicate, same, to_local
+from meshwright.parallel.rules.channel_norm import ChannelNorm
 from meshwright.parallel.rules.pointwise import aligned, cut
 from meshwright.parallel.rules.standardize import Standardize
 
@@ -44,23 +47,23 @@ def affine(
 def _standardize(
     x: Any, weight: Any, bias: Any, view: Sequence[int], dims: Sequence[int], eps: float, cause: Cause
 ) -> tuple[Any, torch.Tensor, torch.Tensor]:
-    """Mesh tensor `x` standardised over `dims`; `view` is the shape in which weight and bias broadcast."""
-    placements, shape = placements_of(x), tuple(x.shape)
-    axes = split_axes(placements)
-    mine = tuple(axis for axis, dim in splits(placements) if dim in dims)
-    y, mean, var = Standardize.apply(
-        to_local(x),
-        affine(weight, view, shape, placements, axes, cause),
-        affine(bias, view, shape, placements, axes, cause),
-        tuple(dims),
-        all(view[dim] == 1 for dim in dims) or (weight is None and bias is None),
-        math.prod(shape[dim] for dim in dims),
-        eps,
-        x._spec.mesh,
-        mine,
-        cause,
-    )
-    return from_local(y, x._spec.mesh, placements, shape, cause.ledger), mean, var
+    """Mesh tensor `x` standardised over `dims`; `view` is the shape in which weight and bias broadcast. Also mean and
+    biased variance."""
+    mesh, placements, shape = x._spec.mesh, placements_of(x), tuple(x.shape)
+    axes, local = split_axes(placements), to_local(x)
+    count, parts = math.prod(shape[dim] for dim in dims), shares(sizes(mesh), placements, shape, tuple(dims))
+    even = all(view[dim] == 1 for dim in dims) or weight is bias is None
+    found = None
+    if even and is_per_channel(local, dims):
+        with torch.no_grad():
+            found = statistics(local)
+    if found is not None:
+        w, b = (None if value is None else to_local(replicate(value, cause), axes) for value in (weight, bias))
+        y, mean, var = ChannelNorm.apply(local, w, b, *found, count, eps, mesh, parts, cause)
+    else:
+        w, b = (affine(value, view, shape, placements, axes, cause) for value in (weight, bias))
+        y, mean, var = Standardize.apply(local, w, b, tuple(dims), even, count, eps, mesh, parts, cause)
+    return from_local(y, mesh, placements, shape, cause.ledger), mean, var
 
 
 class _InOrder(Function):
@@ -150,7 +153,8 @@ def instance_norm(
     y, mean, var = _standardize(x, weight, bias, view, dims, eps, cause)
     if running_mean is not None:
         axis = axis_of(placements_of(x), 0)
-        packed = torch.stack([mean.flatten(1).sum(0), var.flatten(1).sum(0) * (count / (count - 1))])
+        mean, var = (value.view(-1, shape[1]).sum(0) for value in (mean, var))
+        packed = torch.stack([mean, var * (count / (count - 1))])
         packed = all_reduce(packed, mesh, [] if axis is None else [axis], cause) / shape[0]
         _update(running_mean, packed[0], momentum)
         _update(running_var, packed[1], momentum)

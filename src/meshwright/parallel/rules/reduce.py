@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_gather_stack, all_reduce
-from meshwright.parallel.layout import Placements, local_shape, moved, splits
+from meshwright.parallel.layout import Placements, Shares, local_shape, moved, shares, splits
+from meshwright.parallel.mesh import sizes
 from meshwright.parallel.operators import cause_of, fallback, operator, placed
 from meshwright.parallel.tensor import wrap
 
@@ -155,34 +157,37 @@ def prod(func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def merged_moments(
-    local: torch.Tensor, dims: Sequence[int], mesh: DeviceMesh, axes: Sequence[int], cause: Cause
+    local: torch.Tensor, dims: Sequence[int], mesh: DeviceMesh, parts: Shares, cause: Cause
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and sum of squared deviations over `dims` of the parts of all ranks along `axes`; dims kept, fp64."""
+    """Mean and biased variance over `dims` of the parts of all ranks; dims kept, fp64."""
     wide = local.float() if local.dtype in (torch.bfloat16, torch.float16) else local
-    here = math.prod(local.shape[dim] for dim in dims)
-    if here and local.numel():
+    if local.numel():
         var, mean = torch.var_mean(wide, list(dims), correction=0, keepdim=True)
     else:
         shape = [1 if dim in dims else size for dim, size in enumerate(local.shape)]
         var = mean = wide.new_zeros(shape)
-    return merge_moments(mean.double(), var.double() * here, here, mesh, axes, cause)
+    return merge_moments(mean.double(), var.double(), mesh, parts, cause)
 
 
 def merge_moments(
-    mean: torch.Tensor, deviation: torch.Tensor, here: int, mesh: DeviceMesh, axes: Sequence[int], cause: Cause
+    mean: torch.Tensor, var: torch.Tensor, mesh: DeviceMesh, parts: Shares, cause: Cause
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and sum of squared deviations of all ranks along `axes` from those of the `here` values on each (fp64).
+    """Mean and biased variance of what ranks hold `parts` of, from their own (fp64; zeros of empty parts).
 
-    The ranks' own moments are merged stably (Chan, Golub and LeVeque 1979), so inputs with a large offset keep
-    their variance.
+    They are merged stably (Chan, Golub and LeVeque 1979), so inputs with a large offset keep their variance.
     """
-    count = torch.full_like(mean, here)
-    for axis in axes:
-        means, deviations, counts = all_gather_stack(torch.stack([mean, deviation, count]), mesh, axis, cause).unbind(1)
-        count = counts.sum(0)
-        mean = (means * counts).sum(0) / count.clamp(min=1)
-        deviation = deviations.sum(0) + (counts * (means - mean) ** 2).sum(0)
-    return mean, deviation
+    for axis, each in parts:
+        held = all_gather_stack(torch.stack([mean, var]), mesh, axis, cause)
+        share = _column(each, held.ndim, held.device)
+        mean, within = (held * share).sum(0).unbind()
+        var = within + ((held[:, 0] - mean).square_() * share[:, 0]).sum(0)
+    return mean, var
+
+
+@lru_cache(maxsize=1024)
+def _column(values: tuple[float, ...], ndim: int, device: torch.device) -> torch.Tensor:
+    """Numbers along the first of `ndim` dims."""
+    return torch.tensor(values, dtype=torch.float64, device=device).view(-1, *[1] * (ndim - 1))
 
 
 @operator(aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction)
@@ -194,9 +199,10 @@ def variance(func: Any, args: Any, kwargs: Any) -> Any:
     if not r.axes:
         out = func(r.local, *args[1:], **kwargs)
         return tuple(r.done(o) for o in out) if isinstance(out, tuple) else r.done(out)
-    mean, deviation = merged_moments(r.local, r.dims, r.mesh, r.axes, cause_of(func, args))
+    parts = shares(sizes(r.mesh), r.placements, r.shape, tuple(r.dims))
+    mean, var = merged_moments(r.local, r.dims, r.mesh, parts, cause_of(func, args))
     correction = 1 if a["correction"] is None else a["correction"]
-    var = deviation / max(0, r.count - correction) if r.count > correction else deviation * math.nan
+    var = var * (r.count / (r.count - correction) if r.count > correction else math.nan)
     value = var.sqrt() if "std" in func._schema.name else var
     if not keepdim:
         value, mean = value.reshape(r.local_out_shape()), mean.reshape(r.local_out_shape())

@@ -15,7 +15,8 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel import norm_kernels
 from meshwright.parallel.comm import Cause, all_reduce
-from meshwright.parallel.norm_kernels import is_half, is_per_channel
+from meshwright.parallel.layout import Shares
+from meshwright.parallel.norm_kernels import is_per_channel
 from meshwright.parallel.rules.reduce import merge_moments
 
 
@@ -38,41 +39,34 @@ class Total(Function):
 
 
 def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]:
-    """`x` (wide) less a value near its mean, that value, and the local mean and squared deviations (fp64; dims kept).
+    """`x` (wide) less a value near its mean, that value, and the local mean and biased variance (fp64; dims kept).
 
     Two passes, so that an offset costs no digits; `torch.var_mean` takes 25 times as long on channels_last.
     """
     here = math.prod(x.shape[dim] for dim in dims)
     near = x.sum(dims, keepdim=True) / max(1, here)
     centred = x - near
-    if is_per_channel(x, dims):
-        rest, deviation = (t.view(near.shape) for t in norm_kernels.moments(centred))
-        return centred, near, near + rest, deviation
+    if is_per_channel(x, dims) and x.numel():
+        rest, var = (t.view(near.shape) for t in norm_kernels.moments(centred))
+        return centred, near, near + rest, var
     rest = centred.sum(dims, keepdim=True).double() / max(1, here)
-    deviation = centred.square().sum(dims, keepdim=True).double() - here * rest * rest
-    return centred, near, near + rest, deviation
+    var = centred.square().sum(dims, keepdim=True).double() / max(1, here) - rest * rest
+    return centred, near, near + rest, var
 
 
 def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]) -> torch.Tensor:
     """The sums of `g` and of `g * centred` over `dims` (kept), stacked, in fp64."""
     if is_per_channel(g, dims):
-        sums = norm_kernels.gradient_sums(g, centred, g.new_zeros(g.shape[1]))
-        return sums.view(2, 1, -1, *(1 for _ in g.shape[2:]))
+        zeros, ones = g.new_zeros(g.shape[1]), g.new_ones(g.shape[1])
+        return norm_kernels.gradient_sums(g, centred, zeros, ones, 0.0).view(2, 1, -1, *(1 for _ in g.shape[2:]))
     return torch.stack([t.sum(dims, keepdim=True).double() for t in (g, g * centred)])
-
-
-def _moments(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """What `_centred` gives of a tensor in half precision, which stays as it is."""
-    view = [1, -1, *(1 for _ in x.shape[2:])]
-    mean, deviation = (t.view(view) for t in norm_kernels.moments(x))
-    return x, mean.float(), mean, deviation
 
 
 class Standardize(Function):
     """`(x - mean) / sqrt(var + eps) * weight + bias` on local parts, moments over `dims` and the ranks of `axes`.
 
     `weight` and `bias` broadcast against `x`; `even`: as one number for all values that share statistics, on every
-    rank. Also returns mean and biased variance (fp64, dims kept).
+    rank. Also returns mean and biased variance (fp64, dims kept). `parts`: what ranks hold of the values.
     """
 
     @staticmethod
@@ -86,45 +80,36 @@ class Standardize(Function):
         count: int,
         eps: float,
         mesh: DeviceMesh,
-        axes: tuple[int, ...],
+        parts: Shares,
         cause: Cause,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = wide_dtype(x)
-        here = math.prod(x.shape[dim] for dim in dims)
-        half = even and is_half(x, dims)
-        y, near, mean64, deviation = _moments(x) if half else _centred(x.to(wide), dims)
-        mean64, deviation = merge_moments(mean64, deviation, here, mesh, axes, cause)
-        var64 = deviation / max(1, count)
+        y, near, mean64, var64 = _centred(x.to(wide), dims)
+        mean64, var64 = merge_moments(mean64, var64, mesh, parts, cause)
         shift, rstd = (mean64 - near).to(wide), (var64 + eps).rsqrt().to(wide)
         if even:
             scale = rstd if weight is None else rstd * weight.to(wide)
             moved = -shift * scale if bias is None else bias.to(wide) - shift * scale
-            if half:
-                y = norm_kernels.scaled(x, *(t.flatten() for t in (near, scale, moved)))
-            else:
-                norm_kernels.shifted(y, scale, moved)
+            norm_kernels.shifted(y, scale, moved)
         else:
             y.sub_(shift).mul_(rstd if weight is None else rstd * weight.to(wide))
             if bias is not None:
                 y.add_(bias)
-        ctx.constants = dims, even, count, mesh, axes, cause, None if bias is None else tuple(bias.shape)
-        ctx.eps = eps
+        axes = tuple(axis for axis, _ in parts)
+        ctx.constants = dims, even, count, eps, mesh, axes, cause, None if bias is None else tuple(bias.shape)
         ctx.save_for_backward(x, weight, near, shift, rstd, mean64)
         ctx.mark_non_differentiable(mean64, var64)
         return y.to(x.dtype), mean64, var64
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
+        dims, even, count, eps, mesh, axes, cause, bias_shape = ctx.constants
+        x, weight, near, shift, rstd, known = ctx.saved_tensors
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
-            return *_differentiable(ctx, grad), *(None,) * 7
-        dims, even, count, mesh, axes, cause, bias_shape = ctx.constants
-        x, weight, near, shift, rstd, _ = ctx.saved_tensors
+            constants = dims, count, eps, mesh, axes, cause
+            return *differentiable(x, weight, known, grad, constants, bias_shape, ctx.needs_input_grad[0]), *(None,) * 7
         wide, rest = wide_dtype(x), (None,) * 7
-        half = even and is_half(x, dims)
-        if half:
-            first, second = norm_kernels.gradient_sums(grad, x, near.flatten()).view(2, *near.shape)
-        else:
-            g, centred = grad.to(wide), x.to(wide) - near
+        g, centred = grad.to(wide), x.to(wide) - near
         if not even:
             normal = (centred - shift).mul_(rstd)
             d_bias = None if bias_shape is None else g.sum_to_size(bias_shape)
@@ -138,22 +123,18 @@ class Standardize(Function):
             first, second = all_reduce(sums, mesh, axes, cause) / max(1, count)
             d_x = normal.mul_(-second).add_(g).sub_(first).mul_(rstd)
             return d_x.to(x.dtype), d_weight, d_bias, *rest
-        if not half:
-            first, second = _gradient_sums(g, centred, dims)
+        first, second = _gradient_sums(g, centred, dims)
         second = (second - first * shift) * rstd  # over g and g * normal
         d_bias = None if bias_shape is None else _summed_to(first, bias_shape).to(wide)
         d_weight = None if weight is None else _summed_to(second, tuple(weight.shape)).to(weight.dtype)
         if not ctx.needs_input_grad[0]:
             return None, d_weight, d_bias, *rest
-        first, second = all_reduce(torch.stack([first, second]).to(wide), mesh, axes, cause).double() / max(1, count)
+        first, second = all_reduce(torch.stack([first, second]), mesh, axes, cause) / max(1, count)
         # rstd * w * (g - first - normal * second), normal = (centred - shift) * rstd
         scale = rstd.double() if weight is None else rstd.double() * weight
         slope = -scale * second * rstd
         level = -scale * first - slope * shift
         scale, slope, level = (t.to(wide) for t in (scale, slope, level))
-        if half:
-            per_channel = (t.flatten() for t in (near, scale, slope, level))
-            return norm_kernels.input_gradient(grad, x, *per_channel), d_weight, d_bias, *rest
         d_x = norm_kernels.shifted(centred, slope, level).addcmul_(g, scale)
         return d_x.to(x.dtype), d_weight, d_bias, *rest
 
@@ -163,20 +144,28 @@ def _summed_to(sums: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return sums.new_zeros(shape) if 0 in shape else sums.sum_to_size(shape)
 
 
-def _differentiable(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    """The same gradients as an expression that autograd follows; the moments are those of `x` again."""
-    dims, _, count, mesh, axes, cause, bias_shape = ctx.constants
-    x, weight, *_, known = ctx.saved_tensors
+def differentiable(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    known: torch.Tensor,
+    grad: torch.Tensor,
+    constants: tuple[Any, ...],
+    bias_shape: tuple[int, ...] | None,
+    asks_x: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """The gradients for `x`, weight and bias as an expression that autograd follows. `known` is the mean of all ranks;
+    the moments are taken again."""
+    dims, count, eps, mesh, axes, cause = constants
     wide = wide_dtype(x)
     centred = x.to(wide) - known.to(wide)  # near the mean, so that the sums below keep their digits
     sums = torch.stack([centred.sum(dims, keepdim=True), (centred * centred).sum(dims, keepdim=True)])
     mean, square = Total.apply(sums, mesh, axes, cause) / max(1, count)
-    rstd = (square - mean * mean + ctx.eps).rsqrt()
+    rstd = (square - mean * mean + eps).rsqrt()
     normal = (centred - mean) * rstd
     g = grad.to(wide)
     d_bias = None if bias_shape is None else g.sum_to_size(bias_shape)
     d_weight = None if weight is None else (g * normal).sum_to_size(weight.shape).to(weight.dtype)
-    if not ctx.needs_input_grad[0]:
+    if not asks_x:
         return None, d_weight, d_bias
     if weight is not None:
         g = g * weight.to(wide)
