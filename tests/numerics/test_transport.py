@@ -15,8 +15,9 @@ import meshwright as mw
 from meshwright.cluster.process_group import leave
 from meshwright.errors import RankError
 from meshwright.models.small_unet import benchmark_unet
+from meshwright.parallel.bells import MOST_UNREAD
 from meshwright.parallel.collective import Gather, Sum, SumQueue
-from meshwright.parallel.shared import LARGEST_KEPT_BYTES, MOST_UNREAD
+from meshwright.parallel.shared import LARGEST_KEPT_BYTES
 from meshwright.parallel.transport import VARIABLE, Transfer, channels
 
 
@@ -199,7 +200,7 @@ def large_slots_are_given_back() -> int:
     small = torch.zeros(1)
     Transfer(group, [(peer, torch.ones(1))], [(peer, small)]).wait()
     (channel,) = channels(group).values()
-    return sum(slot.memory.numel() for slot in channel._slots)
+    return sum(slot.memory.size for slot in channel._slots)
 
 
 def test_large_pieces_leave_nothing() -> None:
@@ -289,7 +290,7 @@ def one_rank_leaves_first() -> float:
     later = Transfer(group, [], [(0, buffer)])
     (channel,) = channels(group).values()
     hung_up = select.poll()
-    hung_up.register(channel.bell_in, 0)  # reports the end of the other side alone
+    hung_up.register(channel.bell.bell_in, 0)  # reports the end of the other side alone
     assert hung_up.poll(10_000)
     later.wait()
     return float(buffer.sum())

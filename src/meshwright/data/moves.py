@@ -120,9 +120,9 @@ class Exchange:
                         self._channels[peer].expect([room])
                     for peer, message in to:
                         if at < message.numel():
-                            self._channels[peer].send([message[span]], self._timeout_s)
+                            self._channels[peer].send([message[span]], lambda: self._timeout_s)
                     for peer, room in awaited:
-                        self._channels[peer].receive([room], self._timeout_s)
+                        self._channels[peer].receive([room], lambda: self._timeout_s)
                 return
             posted = [dist.P2POp(dist.irecv, room, group=self._group, group_peer=p) for p, room in into]
             posted += [dist.P2POp(dist.isend, message, group=self._group, group_peer=p) for p, message in to]
@@ -140,5 +140,5 @@ class Exchange:
         """
         if not self._failed:  # after a failure pieces may still be expected there
             for channel in self._channels.values():
-                channel.hang_up()
+                channel.bell.hang_up()
         self._group, self._channels = None, {}

@@ -21,7 +21,7 @@ from meshwright.plan.geometry import chunk
 
 # torch 2.13 renamed it
 _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-MOST_UNFOLDED = 8  # sums of one queue whose summands are still awaited; below shared.MOST_UNREAD
+MOST_UNFOLDED = 8  # sums of one queue whose summands are still awaited; below bells.MOST_UNREAD
 _HALF = (torch.bfloat16, torch.float16)
 _OPERATIONS = {
     "sum": dist.ReduceOp.SUM,
@@ -71,7 +71,7 @@ class Sum:
         self._me, ranks = place_in(group)
         if known and ranks == 2:
             self._other = known[1 - self._me]
-            self._other.send(parts, exchange_timeout_s())
+            self._other.send(parts, exchange_timeout_s)
             # not before all of it has been sent
             self._other.expect(self.results, parts, _FOLDS[op], late=out is not None)
             return
@@ -91,7 +91,7 @@ class Sum:
         wait for, and only if all is here. `apart`: results that would be written now go to memory of their own."""
         if self._other is not None:
             if wait:
-                self._other.receive(self.results, exchange_timeout_s(), apart=apart)
+                self._other.receive(self.results, exchange_timeout_s, apart=apart)
             return not self._other.expects(self.results)
         if self._out is None:
             return True
@@ -132,7 +132,7 @@ class SumQueue:
     """Sums under way one behind the other, few of them not yet folded: a rank that runs ahead waits there.
 
     Folding follows the order of the sums on every rank. That few are open, and that what comes back is taken each
-    time, keeps the pieces that lie unread on either lane within `shared.MOST_UNREAD` (twice `MOST_UNFOLDED`), so that
+    time, keeps the pieces that lie unread on either lane within `bells.MOST_UNREAD` (twice `MOST_UNFOLDED`), so that
     no circle of ranks waits for room with each other. So all sums of one group belong to one queue, also those whose
     results nobody wants any more: other ranks count on them.
     """

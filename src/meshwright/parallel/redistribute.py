@@ -19,7 +19,7 @@ from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.mesh import coordinates, sizes
-from meshwright.parallel.tensor import MeshTensor, fresh, is_mesh, wrap
+from meshwright.parallel.tensor import MeshTensor, fresh, history, is_mesh, wrap
 from meshwright.plan.geometry import chunk
 
 
@@ -158,6 +158,9 @@ class _ToLocal(Function):
 def to_local(x: Any, grad_axes: tuple[int, ...] = ()) -> torch.Tensor:
     """This rank's part as a plain tensor. Along `grad_axes` ranks compute on different data with a replicated `x`,
     so there the gradient is a summand (Partial). A Partial `x` is summed first."""
+    part = history(x) if x._is_direct and torch.is_grad_enabled() else None
+    if part is not None and all(isinstance(x._spec.placements[axis], Shard) for axis in grad_axes):
+        return part
     if x._frozen_view:
         fresh(x)
     if partial_axes(tuple(x._spec.placements)):
@@ -203,4 +206,7 @@ def from_local(
     ledger: Ledger | None = None,
 ) -> MeshTensor:
     """A mesh tensor of global `shape` from this rank's part; differentiable."""
-    return _FromLocal.apply(local, mesh, placements, shape, ledger)
+    out = _FromLocal.apply(local, mesh, placements, shape, ledger)
+    if local.grad_fn is not None and torch.is_grad_enabled() and not partial_axes(placements):
+        out._history = local, local._version
+    return out

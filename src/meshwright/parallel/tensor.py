@@ -44,6 +44,8 @@ class MeshOps:
     _spec: DTensorSpec
     _frozen_view: bool = False  # a copy that one device would hold as a view
     _source: Any = None  # of such a copy: where it comes from (see copies.py)
+    _history: tuple[torch.Tensor, int] | None = None  # see `history`
+    _is_direct: bool = True  # whether rules may go on from the history itself
 
     @classmethod
     def __torch_function__(
@@ -133,10 +135,21 @@ _ASKS_SUBCLASSES = tuple(int(part) for part in torch.__version__.split("+")[0].s
 _Base: Any = DTensor if _ASKS_SUBCLASSES else torch.Tensor
 
 
+_grad_fn: Any = torch._C.TensorBase.__dict__["grad_fn"].__get__
+
+
 class MeshTensor(MeshOps, _Base):
     """A split or replicated activation. `_ledger` is the record of the module it comes from (None: no module)."""
 
     _ledger: Ledger | None
+
+    @property
+    def grad_fn(self) -> Any:
+        """The node of the graph that made this tensor. Rules that follow lead to it, for it may get a hook."""
+        self._is_direct = False
+        with torch._C.DisableTorchFunctionSubclass():
+            return _grad_fn(self)
+
     # torch would swap parameters by `swap_tensors` where values answer to flattening; ours follow through `.data`
     __tensor_flatten__ = property(_no_flattening)
 
@@ -213,6 +226,19 @@ def alike(local: torch.Tensor, other: Any) -> MeshTensor:
     out._local_tensor, out._spec = local, spec
     out._ledger = where.stack[-1][0] if other._ledger is None and where.stack else other._ledger
     return out
+
+
+def history(x: Any) -> torch.Tensor | None:
+    """The plain part from which `from_local` made `x`, with the graph behind it, unless `x` was written since.
+
+    A rule that goes on from it leaves the nodes between part and mesh tensor out, forward and backward. All gradients
+    meet there, also those that come by `x` itself: so there hooks on `x` belong, and what asks for its gradient.
+    """
+    held = x._history
+    if held is None or held[1] != x._local_tensor._version:
+        return None
+    part: torch.Tensor = held[0]
+    return part
 
 
 def fresh(x: Any) -> None:

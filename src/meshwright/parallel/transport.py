@@ -17,10 +17,11 @@ import torch.distributed as dist
 from meshwright.cluster.limits import exchange_timeout_s
 from meshwright.cluster.process_group import when_leaving
 from meshwright.errors import ConfigError
+from meshwright.parallel.bells import ORDERED, SPINS, Bell, new_page
 from meshwright.parallel.shared import Channel
 
 VARIABLE = "MESHWRIGHT_TRANSPORT"
-MOST_NEIGHBOURS = 15  # a rank with more of them in a group takes messages: each costs six open files a lane
+MOST_NEIGHBOURS = 15  # a rank with more of them in a group takes messages: each costs three open files a lane
 LEAVE_S = 5.0  # a rank that is done waits so long for slower ones to read its last pieces
 _living: WeakSet[Channel] = WeakSet()
 
@@ -66,14 +67,14 @@ def _channels(group: dist.ProcessGroup, lane: int) -> dict[int, Channel]:
     on_cpu = any(device.type == "cpu" for device in group._device_types)  # else there is nothing to carry, nor agree by
     if not on_cpu or not 1 < ranks <= MOST_NEIGHBOURS + 1:
         return {}
-    ours: dict[int, list[int]] = {}  # per neighbour both ends of this rank's bell and of its acknowledgements
+    ours: dict[int, list[int]] = {}  # per neighbour both ends of this rank's bell, and its page
     mine, found, owners = torch.zeros(2 + 2 * ranks, dtype=torch.int64), {}, set()
     try:
         if _is_wanted():
             for peer in range(ranks):
                 if peer != me:
-                    ours[peer] = [*os.pipe(), *os.pipe()]
-                    mine[2 + 2 * peer], mine[3 + 2 * peer] = ours[peer][1], ours[peer][3]
+                    ours[peer] = [*os.pipe(), new_page()]
+                    mine[2 + 2 * peer], mine[3 + 2 * peer] = ours[peer][1:]
             mine[0], mine[1] = _here(), os.getpid()
     except OSError:  # no /proc, or no more files: the others hear of it
         mine[0] = 0
@@ -81,21 +82,29 @@ def _channels(group: dist.ProcessGroup, lane: int) -> dict[int, Channel]:
     dist.all_gather(everyone, mine, group=group)
     try:
         if all(int(other[0]) == int(mine[0]) != 0 for other in everyone):
-            for peer, ends in ours.items():
-                pid, bell, ack = (int(everyone[peer][i]) for i in (1, 2 + 2 * me, 3 + 2 * me))
-                flags = os.O_WRONLY | os.O_NONBLOCK
-                bell_out, ack_out = (os.open(f"/proc/{pid}/fd/{file}", flags) for file in (bell, ack))
-                found[peer] = Channel(pid, ends[0], bell_out, ends[2], ack_out)
+            for peer, (bell_in, _, page) in ours.items():
+                pid, bell, theirs = (int(everyone[peer][i]) for i in (1, 2 + 2 * me, 3 + 2 * me))
+                bell_out = os.open(f"/proc/{pid}/fd/{bell}", os.O_WRONLY | os.O_NONBLOCK)
+                opened = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR)
+                found[peer] = Channel(Bell(pid, page, opened, bell_in, bell_out, _spins()))
+                os.close(opened)
                 owners.add(peer)
                 _living.add(found[peer])
     except OSError:
         found = {}
     agreed = torch.tensor([len(found)])
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-    for peer, ends in ours.items():  # the other rank's end is the only one now: when it ends, this rank sees it
-        for end in (ends[1], ends[3]) if peer in owners else ends:  # a channel closes its own
-            os.close(end)
+    for peer, (bell_in, bell, page) in ours.items():
+        os.close(page)
+        os.close(bell)  # the other rank's end is the only one now: when it ends, this rank sees it
+        if peer not in owners:  # a channel closes its own
+            os.close(bell_in)
     return found if int(agreed) else {}
+
+
+def _spins() -> int:
+    """Where ranks share cores, whoever waits is to let others work."""
+    return SPINS if ORDERED and dist.get_world_size() <= len(os.sched_getaffinity(0)) else 0
 
 
 def _leave() -> None:
@@ -130,7 +139,7 @@ class Transfer:
             for peer, buffer in self._receives:
                 self._channels[peer].expect([buffer])
             for peer, piece in sends:
-                self._channels[peer].send([piece], exchange_timeout_s())
+                self._channels[peer].send([piece], exchange_timeout_s)
         elif tensors:
             self._keep = [piece.contiguous() for _, piece in sends]
             operations = [dist.P2POp(dist.irecv, b, group=group, group_peer=peer) for peer, b in self._receives]
@@ -148,9 +157,8 @@ class Transfer:
     def wait(self) -> None:
         """Until all pieces are in their buffers. Raises RuntimeError when a rank is dead or late."""
         if self._channels:
-            limit_s = exchange_timeout_s()
             for peer, buffer in self._receives:
-                self._channels[peer].receive([buffer], limit_s)
+                self._channels[peer].receive([buffer], exchange_timeout_s)
         for work in self._works:
             work.wait()
         self._receives, self._works, self._keep = [], [], []

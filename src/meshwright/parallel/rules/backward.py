@@ -7,6 +7,7 @@ does not route, and the switch stays on.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch.autograd.graph import get_gradient_edge
 
 from meshwright.parallel.functions import as_mesh, function
-from meshwright.parallel.tensor import is_mesh
+from meshwright.parallel.redistribute import from_local, redistribute, same, to_local
+from meshwright.parallel.tensor import history, is_mesh, wrap
 
 
 def _tuple(values: Any) -> tuple[Any, ...]:
@@ -27,8 +29,22 @@ def _tuple(values: Any) -> tuple[Any, ...]:
     return (values,) if single or not isinstance(values, Iterable) else tuple(values)
 
 
+def _edge(value: Any) -> Any:
+    """Where the gradient of a tensor is complete."""
+    part = history(value) if is_mesh(value) else None
+    return get_gradient_edge(value if part is None else part) if isinstance(value, torch.Tensor) else value
+
+
 def _edges(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(get_gradient_edge(v) if isinstance(v, torch.Tensor) else v for v in values)
+
+
+def _meshed(grad: Any, of: Any) -> Any:
+    """The gradient of a part as that of its mesh tensor."""
+    if grad is None or is_mesh(grad) or not is_mesh(of):
+        return grad
+    place = of._spec.mesh, tuple(of._spec.placements), tuple(of._spec.shape), of._ledger
+    return from_local(grad, *place) if grad.requires_grad else wrap(grad, *place)
 
 
 def _start(outputs: tuple[Any, ...], grads: Any) -> tuple[Any, ...]:
@@ -89,12 +105,13 @@ def grad(
         return _batched(outputs, wanted, _tuple(grad_outputs), options)
     found = torch.autograd.grad(
         _edges(outputs),
-        _edges(wanted),
+        tuple(_edge(v) for v in wanted),
         _start(outputs, grad_outputs),
         retain_graph,
         create_graph,
         allow_unused=True if materialize_grads else allow_unused,
     )
+    found = tuple(_meshed(g, x) for g, x in zip(found, wanted, strict=True))
     if not materialize_grads:
         return found
     return tuple(
@@ -111,3 +128,48 @@ def _batched(outputs: tuple[Any, ...], wanted: tuple[Any, ...], batches: tuple[A
         for i in range(count)
     ]
     return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+
+
+@function(torch.Tensor.register_hook)
+def register_hook(self: Any, hook: Any) -> Any:
+    """A hook on a tensor that rules went on from directly: on its part, where all of its gradient passes."""
+    part = history(self)
+    if part is None:
+        return NotImplemented
+    spec, ledger = self._spec, self._ledger
+    mesh, placements, shape = spec.mesh, tuple(spec.placements), tuple(spec.shape)
+
+    def on_part(grad: torch.Tensor) -> torch.Tensor | None:
+        place = mesh, placements, shape, ledger
+        changed = hook(from_local(grad, *place) if torch.is_grad_enabled() else wrap(same(grad), *place))
+        return None if changed is None else to_local(redistribute(as_mesh(changed, mesh), placements))
+
+    return part.register_hook(on_part)
+
+
+@function(torch.Tensor.retain_grad)
+def retain_grad(self: Any) -> Any:
+    """`.grad` of such a tensor: what comes by the tensor itself torch keeps, the rest is added on the part."""
+    part = history(self)
+    if part is None:
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        if self.retains_grad:
+            return None
+        keeper = weakref.ref(self)
+        passed: list[Any] = []
+
+        def on_part(grad: torch.Tensor) -> None:
+            x = keeper()
+            if x is None:
+                return
+            rest = _meshed(grad.detach().clone(), x)
+            for share in passed:
+                rest = rest - share
+            passed.clear()
+            x.grad = rest if x.grad is None else x.grad + rest
+
+        self.register_hook(lambda grad: passed.append(grad.detach()))
+        self.retain_grad()
+    part.register_hook(on_part)
+    return None

@@ -1,0 +1,81 @@
+"""Elementwise functions between rules that go on from the parts themselves: torch's own function, and its own graph.
+
+Where every operand is a mesh tensor that a rule has just made, or a number, and all lie alike, the function
+runs on the plain parts, and its backward needs no rule at all. Everything else takes the way of all operators
+(`pointwise.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from meshwright.parallel.functions import function
+from meshwright.parallel.redistribute import from_local
+from meshwright.parallel.tensor import MeshOps, history, is_mesh
+
+_UNARY = "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid tanh hardtanh"
+_UNARY += " hardswish hardsigmoid tanhshrink neg abs exp log sqrt rsqrt square"
+_BINARY = "add sub mul div true_divide pow"
+_SPECIAL = "__neg__ __abs__ __rsub__ __rdiv__ __rtruediv__ __pow__"
+
+
+def _functions() -> dict[Any, None]:
+    """Every spelling of them, in place too."""
+    names = [name + end for name in f"{_UNARY} {_BINARY}".split() for end in ("", "_")]
+    found = [getattr(place, name, None) for name in names for place in (torch, F, torch.Tensor)]
+    found += [getattr(torch.Tensor, name) for name in _SPECIAL.split()]
+    return dict.fromkeys(f for f in found if f is not None)
+
+
+def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
+    writes = func.__name__.endswith("_") and not func.__name__.startswith("_")
+
+    def rule(*args: Any, **kwargs: Any) -> Any:
+        first: Any = None
+        parts = []
+        for value in args:
+            if isinstance(value, MeshOps):
+                part = history(value) if value._is_direct else None
+                if part is None or (first is not None and value._spec is not first._spec):
+                    return NotImplemented
+                first = value if first is None else first
+                parts.append(part)
+            elif isinstance(value, torch.Tensor):
+                return NotImplemented
+            else:
+                parts.append(value)
+        if first is None or not torch.is_grad_enabled() or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
+            return NotImplemented
+        if writes or kwargs.get("inplace") or any(value is True for value in args[1:]):
+            return _written(func, args[0], parts, kwargs)
+        return _alike(func(*parts, **kwargs), first)
+
+    return rule
+
+
+def _alike(part: torch.Tensor, x: Any) -> Any:
+    spec = x._spec
+    return from_local(part, spec.mesh, tuple(spec.placements), tuple(spec.shape), x._ledger)
+
+
+def _written(func: Callable[..., Any], x: Any, parts: list[Any], kwargs: Any) -> Any:
+    """In place: the part is written, and `x` becomes what would be made of it now. Not if anyone else holds `x` as it
+    was (a view, a graph), for whom torch has to see the write."""
+    if not is_mesh(x):
+        return NotImplemented
+    with torch._C.DisableTorchFunctionSubclass():
+        if x._use_count() > 1:
+            return NotImplemented
+    func(*parts, **kwargs)
+    now = _alike(parts[0], x)
+    torch._C._swap_tensor_impl(x, now)
+    x._local_tensor, x._spec, x._history = now._local_tensor, now._spec, now._history
+    return x
+
+
+for _func in _functions():
+    function(_func)(_rule(_func))
