@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from meshwright.parallel.transport import Transfer
 from meshwright.plan.geometry import Interval, chunks, transfers
 
 Intervals = tuple[Interval, ...]
+Piece = tuple[int, Interval]
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,22 @@ class Line:
         return sizes(self.mesh)[self.axis]
 
 
+@lru_cache(maxsize=65536)
+def pieces_of(owned: Intervals, wanted: Intervals, me: int) -> tuple[tuple[Piece, ...], tuple[Piece, ...]]:
+    """What rank `me` sends to others, and what it gets from them: (rank, span) each."""
+    moves = [move for move in transfers(owned, wanted) if move.source != move.target]
+    sends = tuple((move.target, move.span) for move in moves if move.source == me)
+    return sends, tuple((move.source, move.span) for move in moves if move.target == me)
+
+
 def _from_wire(shape: Sequence[int], reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """An empty wire buffer for a piece of `shape`, and the same memory seen as the piece."""
-    if len(shape) <= 2:
+    ndim = len(shape)
+    if ndim <= 2:
         buffer = reference.new_empty(tuple(shape))
         return buffer, buffer
     buffer = reference.new_empty((shape[0], *shape[2:], shape[1]))
-    return buffer, buffer.movedim(-1, 1)
+    return buffer, buffer.permute(0, ndim - 1, *range(1, ndim - 1))
 
 
 class Posted:
@@ -74,24 +85,23 @@ class Posted:
         What arrives has the shape of `local` (or `shape_like`) but along the line's dim.
         """
         start = time.perf_counter()
+        me, dim = line.me, line.dim
+        out, into = pieces_of(owned, wanted, me)
         self.line, self._pieces = line, []
         sends: list[tuple[int, torch.Tensor]] = []
         receives: list[tuple[int, torch.Tensor]] = []
-        me, dim = line.me, line.dim
-        for move in transfers(owned, wanted):
-            if move.source == move.target:
-                continue
-            if move.target == me:
-                shape = list(local.shape if shape_like is None else shape_like)
-                shape[dim] = move.span.size
-                buffer, piece = _from_wire(shape, local)
-                self._pieces.append((move.span, move.source, piece))
-                receives.append((move.source, buffer))
-            elif move.source == me:
-                piece = take(move.span) if take else local.narrow(dim, move.span.lo - owned[me].lo, move.span.size)
-                if piece.numel():
-                    line.cause.sent(piece.numel() * piece.element_size())
-                    sends.append((move.target, piece.movedim(1, -1) if piece.ndim > 2 else piece))
+        for source, span in into:
+            shape = list(local.shape if shape_like is None else shape_like)
+            shape[dim] = span.size
+            buffer, piece = _from_wire(shape, local)
+            self._pieces.append((span, source, piece))
+            receives.append((source, buffer))
+        for target, span in out:
+            piece = take(span) if take else local.narrow(dim, span.lo - owned[me].lo, span.size)
+            nbytes, ndim = piece.numel() * piece.element_size(), piece.ndim
+            if nbytes:
+                line.cause.sent(nbytes)
+                sends.append((target, piece.permute(0, *range(2, ndim), 1) if ndim > 2 else piece))
         self._transfer = None
         try:
             if sends or receives:

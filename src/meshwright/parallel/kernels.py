@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 
 from meshwright.parallel import matrix_conv
+from meshwright.parallel.signature import Signature, signature
 
 CLIFF = 20480  # torch leaves oneDNN for fp32 on CPU where N == 1 and N * C * (first two spatial dims) is at most this
 
 
-@dataclass(frozen=True)
-class Conv:
+Like = torch.Tensor | Signature
+_convolution = torch.ops.aten.convolution.default
+_convolution_backward = torch.ops.aten.convolution_backward.default
+Pads = tuple[tuple[int, int], ...]
+
+
+class Conv(NamedTuple):
     """A convolution's constants, one entry per spatial dim."""
 
     stride: tuple[int, ...]
@@ -37,7 +42,11 @@ class _Pad(NamedTuple):
     lead: int  # surplus outputs at the front
 
     @classmethod
-    def of(cls, before: int, after: int, stride: int) -> _Pad:
+    def of(cls, before: int, after: int, stride: int, size: int, reach: int) -> _Pad:
+        if min(before, after) >= 0 and (size <= reach or max(before, after) >= reach):
+            # torch's kernels go wrong or crash on volumes that are thinner than a padded kernel (2.13.0, CPU): fp32's
+            # weight gradient of [2, 4, 3, 17, 5] with kernel 5 and padding 3, most of them in halves
+            return cls(0, before, after, 0)
         cut_before, cut_after = min(0, before), min(0, after)
         before, after = max(0, before), max(0, after)
         if before >= after:
@@ -57,7 +66,7 @@ def _spatial_pad(x: torch.Tensor, pads: Sequence[_Pad]) -> torch.Tensor:
     return F.pad(x, flat) if any(flat) else x
 
 
-def _slabs(x: torch.Tensor, out_depth: int) -> int:
+def _slabs(x: Like, out_depth: int) -> int:
     """Into how many slabs along the first spatial dim a convolution is cut to stay on the fast kernel; 1: as it is.
 
     For fp32 on the CPU torch leaves oneDNN for a reference kernel where N == 1 and N * C * D * H <= CLIFF (the
@@ -78,7 +87,7 @@ def _cut(x: torch.Tensor, slabs: int, outputs: int, reach: int, stride: int, ali
     return batch.contiguous(memory_format=memory_format(x))
 
 
-def memory_format(x: torch.Tensor) -> torch.memory_format:
+def memory_format(x: Like) -> torch.memory_format:
     """channels_last of 2-D or 3-D data where `x` is so, else contiguous."""
     last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     return last if last is not None and x.is_contiguous(memory_format=last) else torch.contiguous_format
@@ -100,7 +109,7 @@ def _parted(y: torch.Tensor, n: int) -> torch.Tensor:
     return y.reshape(c, n, d // n, h, w).transpose(0, 1)
 
 
-def _is_pointwise(weight: torch.Tensor, conv: Conv, alike: Sequence[int]) -> bool:
+def _is_pointwise(weight: Like, conv: Conv, alike: Sequence[int]) -> bool:
     """A kernel of one voxel: a matrix product, which torch on one thread hands to the reference kernel."""
     return math.prod(weight.shape[2:]) == 1 == max(conv.stride) == conv.groups and not any(alike)
 
@@ -111,12 +120,12 @@ def _slow_halves() -> bool:
     return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
-def widened(x: torch.Tensor) -> bool:
+def widened(x: Like) -> bool:
     """Whether a convolution of `x` is computed in fp32 and rounded: up to 100 times faster where halves are slow."""
     return x.device.type == "cpu" and x.dtype in (torch.bfloat16, torch.float16) and _slow_halves()
 
 
-def as_matrix(x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int], of: matrix_conv.Of) -> bool:
+def as_matrix(x: Like, weight: Like, conv: Conv, out_sizes: Sequence[int], of: matrix_conv.Of) -> bool:
     """Whether the output of a convolution to `out_sizes`, or a gradient, is computed as a matrix product."""
     return matrix_conv.is_matrix(x, weight, conv, out_sizes, of) and not widened(x)
 
@@ -129,13 +138,61 @@ def _ordered(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
     )
 
 
-def _half_written(x: torch.Tensor, weight: torch.Tensor, conv: Conv, alike: Sequence[int]) -> bool:
-    """Whether torch's bf16 weight gradient holds memory that nobody wrote: on the CPU, of a volume in channels_last_3d
-    that is thinner than a padded kernel (torch 2.13.0; 3 taps on 2 planes are enough)."""
-    reaches = (d * (k - 1) + 1 for k, d in zip(weight.shape[2:], conv.dilation, strict=True))
-    half = x.dtype in (torch.bfloat16, torch.float16)
-    thin = any(size < reach and p for size, reach, p in zip(x.shape[2:], reaches, alike, strict=True))
-    return half and x.device.type == "cpu" and x.ndim == 5 and thin
+def unreliable(x: Like, kernel: Sequence[int], conv: Conv, outputs: Sequence[int]) -> bool:
+    """Whether torch's half-precision convolution on CPUs may be wrong or leave memory unwritten (torch 2.13.0).
+
+    Asked for the dtype and device of `x`. Found by drawing shapes (docs/constants.md): where a dim has both stride and
+    dilation, where the last has a stride and one output, and on processors with AMX where it has kernel and stride 4.
+    These are computed in fp32 and rounded, wherever they run.
+    """
+    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
+        return False
+    skips = any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True))
+    return skips or (conv.stride[-1] > 1 and (outputs[-1] == 1 or kernel[-1] == 4 == conv.stride[-1]))
+
+
+def _tamed(
+    shape: Sequence[int], weight: Sequence[int], conv: Conv, pads: Sequence[tuple[int, int]], out_sizes: Sequence[int]
+) -> tuple[Conv, Pads]:
+    """The same without strides where they do not matter: with a stride and one output along the last dim torch's
+    kernels read other memory (2.13.0, CPUs with AVX512; fp32, two samples of one channel in channels_last)."""
+    strides, ends = list(conv.stride), [tuple(pair) for pair in pads]
+    for i, (size, k, dilation) in enumerate(zip(shape[2:], weight[2:], conv.dilation, strict=True)):
+        after = dilation * (k - 1) + 1 - size - ends[i][0]  # of the only window
+        if out_sizes[i] == 1 < strides[i] and after > -size:
+            strides[i], ends[i] = 1, (ends[i][0], after)
+    return conv._replace(stride=tuple(strides)), tuple(ends)  # type: ignore[arg-type]
+
+
+def _plan_of(shape: Sequence[int], weight: Sequence[int], conv: Conv, pads: Sequence[tuple[int, int]]) -> list[_Pad]:
+    per_dim = zip(pads, conv.stride, shape[2:], weight[2:], conv.dilation, strict=True)
+    return [_Pad.of(*ends, stride, size, d * (k - 1) + 1) for ends, stride, size, k, d in per_dim]
+
+
+class _Direct(NamedTuple):
+    """Whether torch's own operator does all that is wanted, forward and backward, and its constants."""
+
+    forward: bool
+    backward: bool
+    constants: tuple[Any, ...]
+
+
+@lru_cache(maxsize=4096)
+def _direct(x: Signature, weight: Signature, conv: Conv, pads: Pads, out_sizes: tuple[int, ...]) -> _Direct:
+    plan = _plan_of(x.shape, weight.shape, conv, pads)
+    alike, kernel = [pad.alike for pad in plan], weight.shape[2:]
+    per_dim = zip(x.shape[2:], kernel, plan, conv.stride, conv.dilation, out_sizes, strict=True)
+    simple = not (widened(x) or unreliable(x, kernel, conv, out_sizes))
+    simple = simple and _tamed(x.shape, weight.shape, conv, pads, out_sizes) == (conv, pads)
+    simple = simple and not (_matrix(x) and _is_pointwise(weight, conv, alike))
+    for size, k, pad, stride, dilation, out in per_dim:
+        outputs = (size + 2 * pad.alike - dilation * (k - 1) - 1) // stride + 1
+        simple = simple and not (pad.before or pad.after) and outputs == out
+    simple = simple and not (x.ndim == 5 and _slabs(x, out_sizes[0]) > 1)
+    own_x, own_weight = (as_matrix(x, weight, conv, out_sizes, of) for of in ("input", "weight"))
+    forward = simple and not as_matrix(x, weight, conv, out_sizes, "output")
+    backward = simple and not (own_x or own_weight)
+    return _Direct(forward, backward, (conv.stride, alike, conv.dilation, False, [0] * len(alike), conv.groups))
 
 
 def conv_forward(
@@ -147,10 +204,14 @@ def conv_forward(
     out_sizes: Sequence[int],
 ) -> torch.Tensor:
     """`x` [N, C, *spatial] → [N, F, *out_sizes]: the first `out_sizes` positions of the padded convolution."""
+    direct = _direct(signature(x), signature(weight), conv, tuple(pads), tuple(out_sizes))
+    if direct.forward:
+        return _convolution(x, weight, bias, *direct.constants)
+    conv, pads = _tamed(x.shape, weight.shape, conv, pads, out_sizes)
     if as_matrix(x, weight, conv, out_sizes, "output"):
         with torch.autocast(x.device.type, enabled=False):  # the rules have cast already; backward keeps its dtype
             return _ordered(matrix_conv.forward(x, weight, bias, conv, pads, out_sizes), x, weight)
-    plan = [_Pad.of(before, after, stride) for (before, after), stride in zip(pads, conv.stride, strict=True)]
+    plan = _plan_of(x.shape, weight.shape, conv, pads)
     x = _spatial_pad(x, plan)
     alike = [pad.alike for pad in plan]
     out = _kernel(x, weight, bias, conv, alike)
@@ -163,7 +224,10 @@ def conv_forward(
 def _kernel(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv: Conv, alike: Sequence[int]
 ) -> torch.Tensor:
-    if widened(x):
+    reaches = (d * (k - 1) + 1 for k, d in zip(weight.shape[2:], conv.dilation, strict=True))
+    per_dim = zip(x.shape[2:], reaches, alike, conv.stride, strict=True)
+    outputs = [(size + 2 * p - reach) // stride + 1 for size, reach, p, stride in per_dim]
+    if widened(x) or unreliable(x, weight.shape[2:], conv, outputs):
         wide = None if bias is None else bias.float()
         return _kernel(x.float(), weight.float(), wide, conv, alike).to(x.dtype)
     zeros = [0] * len(alike)
@@ -172,16 +236,15 @@ def _kernel(
             return F.linear(x.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
     args = (conv.stride, alike, conv.dilation, False, zeros, conv.groups)
     reach = conv.dilation[0] * (weight.shape[2] - 1) + 1
-    depth = (x.shape[2] + 2 * alike[0] - reach) // conv.stride[0] + 1
-    slabs = _slabs(x, depth)
+    slabs = _slabs(x, outputs[0])
     if slabs == 1:
-        return torch.ops.aten.convolution(x, weight, bias, *args)
-    batch = _cut(x, slabs, depth // slabs, reach, conv.stride[0], alike[0])
+        return _convolution(x, weight, bias, *args)
+    batch = _cut(x, slabs, outputs[0] // slabs, reach, conv.stride[0], alike[0])
     args = (conv.stride, [0, *alike[1:]], conv.dilation, False, zeros, conv.groups)
-    return _joined(torch.ops.aten.convolution(batch, weight, bias, *args))
+    return _joined(_convolution(batch, weight, bias, *args))
 
 
-def _matrix(x: torch.Tensor) -> bool:
+def _matrix(x: Like) -> bool:
     """Whether the channels of `x` lie together, so that its voxels are the rows of a matrix; not in bf16, for which
     torch's convolution is up to twice as fast as its product."""
     if x.device.type != "cpu" or x.ndim != 5 or x.dtype == torch.bfloat16:
@@ -198,6 +261,13 @@ def conv_backward(
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of `conv_forward` for input, weight and bias, as far as `mask` asks for them."""
+    direct = _direct(signature(x), signature(weight), conv, tuple(pads), tuple(grad.shape[2:]))
+    if direct.backward and any(mask[:2]):
+        d_x, d_weight, d_bias = _convolution_backward(
+            grad, x, weight, [weight.shape[0]] if mask[2] else None, *direct.constants, mask
+        )
+        return d_x, d_weight, d_bias
+    conv, pads = _tamed(x.shape, weight.shape, conv, pads, grad.shape[2:])
     own_x = mask[0] and as_matrix(x, weight, conv, grad.shape[2:], "input")
     own_weight = mask[1] and as_matrix(x, weight, conv, grad.shape[2:], "weight")
     if own_x or own_weight:
@@ -209,7 +279,7 @@ def conv_backward(
         return _ordered(d_x, x, weight) if own_x and d_x is not None else d_x, d_weight, found[2]
     if not any(mask[:2]):
         return None, None, grad.sum((0, *range(2, grad.ndim))) if mask[2] else None
-    plan = [_Pad.of(before, after, stride) for (before, after), stride in zip(pads, conv.stride, strict=True)]
+    plan = _plan_of(x.shape, weight.shape, conv, pads)
     padded = _spatial_pad(x, plan)
     surplus = []
     for dim, pad in enumerate(plan, start=2):
@@ -238,7 +308,7 @@ def _kernel_backward(
     alike: Sequence[int],
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    if widened(x) or _half_written(x, weight, conv, alike):
+    if widened(x) or unreliable(x, weight.shape[2:], conv, grad.shape[2:]):
         out = _kernel_backward(grad.float(), x.float(), weight.float(), conv, alike, mask)
         d_x, d_weight, d_bias = (None if t is None else t.to(x.dtype) for t in out)
         return d_x, d_weight, d_bias
@@ -248,7 +318,7 @@ def _kernel_backward(
             d_x = (rows @ flat).view(*grad.movedim(1, -1).shape[:-1], -1).movedim(-1, 1) if mask[0] else None
             d_weight = (rows.t() @ x.movedim(1, -1).flatten(0, -2)).view(weight.shape) if mask[1] else None
         return d_x, d_weight, rows.sum(0) if mask[2] else None
-    backward, zeros = torch.ops.aten.convolution_backward, [0] * len(alike)
+    backward, zeros = _convolution_backward, [0] * len(alike)
     bias_sizes = [weight.shape[0]] if mask[2] else None
     slabs = _slabs(x, grad.shape[2])
     if slabs == 1:

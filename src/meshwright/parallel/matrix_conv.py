@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 if TYPE_CHECKING:
-    from meshwright.parallel.kernels import Conv
+    from meshwright.parallel.kernels import Conv, Like
 
 Pads = Sequence[tuple[int, int]]
 
@@ -29,7 +29,7 @@ Of = Literal["output", "input", "weight"]
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
-def is_matrix(x: torch.Tensor, weight: torch.Tensor, conv: Conv, out_sizes: Sequence[int], of: Of) -> bool:
+def is_matrix(x: Like, weight: Like, conv: Conv, out_sizes: Sequence[int], of: Of) -> bool:
     """Whether the output of a convolution to `out_sizes`, or the gradient of its input or weight, is better done as a
     matrix product."""
     if weight.numel() < LARGE_WEIGHT or conv.groups != 1 or x.device.type != "cpu" or x.dtype not in _DTYPES:

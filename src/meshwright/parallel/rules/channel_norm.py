@@ -23,7 +23,7 @@ from meshwright.parallel.rules.standardize import differentiable, wide_dtype
 
 
 class ChannelNorm(Function):
-    """`(x - mean) / sqrt(var + eps) * weight + bias` on local parts [N, C, *space], per channel over the `parts` of all.
+    """`(x - mean) / sqrt(var + eps) * weight + bias` on local parts [N, C, *space], of each channel over the `parts`.
 
     `mean` and `var` are the local moments [C] (fp64). Also returns those of all ranks.
     """

@@ -7,10 +7,15 @@ each rank's own: what travels is the same.
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
+from meshwright.cluster.process_group import when_leaving
+from meshwright.parallel.comm import Cause
 from meshwright.parallel.exchange import Line
 from meshwright.parallel.functions import (
     as_mesh,
@@ -23,51 +28,78 @@ from meshwright.parallel.functions import (
     tuple_of,
 )
 from meshwright.parallel.kernels import Conv, as_matrix
-from meshwright.parallel.layout import axis_of, local_shape, split_axes
+from meshwright.parallel.layout import Placements, axis_of, local_shape, split_axes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
 from meshwright.parallel.rules.halo import Cut
-from meshwright.parallel.rules.halo_conv import SpatialConv
+from meshwright.parallel.rules.halo_conv import SpatialConv, Work
+from meshwright.parallel.signature import Signature, signature
 from meshwright.plan.geometry import Interval, chunks, reached
 
 MAX_THIN = 8  # more output planes than this near a cut: one window is cheaper than plane by plane
+
+
+class _Asked(NamedTuple):
+    """All that decides what a convolution does on this rank."""
+
+    mesh: DeviceMesh
+    placements: Placements
+    shape: tuple[int, ...]
+    weight_shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+    local: Signature
+    weight: Signature
+    cause: Cause
 
 
 @function(torch.conv1d, torch.conv2d, torch.conv3d)
 def conv(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
-    """Convolution of any kernel, stride, dilation, padding and groups; 1-D to 3-D."""
+    """Convolution of any kernel, stride, padding, dilation and groups; 1-D to 3-D."""
     mesh = mesh_of(input, weight, bias)
     x, weight, bias = (as_mesh(v, mesh) for v in (input, weight, bias))
     n = weight.ndim - 2
     if x.ndim == n + 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
     x, weight, bias = autocast(x, weight, bias)
-    stride, dilation = tuple_of(stride, n), tuple_of(dilation, n)
-    kernel = tuple(weight.shape[2:])
+    x = gathered(x, [1], "convolution")
+    weight, bias = replicate(weight), None if bias is None else replicate(bias)
+    placements, cause = placements_of(x), cause_for("convolution", x, weight)
+    axes, local = split_axes(placements), to_local(x)
+    w, b = to_local(weight, axes), None if bias is None else to_local(bias, axes)
+    settings = (tuple_of(stride, n), padding if isinstance(padding, str) else tuple_of(padding, n))
+    asked = (mesh, placements, x.shape, weight.shape, *settings, tuple_of(dilation, n), groups)
+    out_shape, work = _planned(_Asked(*asked, signature(local), signature(w), cause))
+    y = SpatialConv.apply(local, w, b, *work)
+    return from_local(y, mesh, placements, out_shape, cause.ledger)
+
+
+@lru_cache(maxsize=4096)
+def _planned(asked: _Asked) -> tuple[tuple[int, ...], Work]:
+    """The global shape of the result, and the work of this rank."""
+    mesh, placements, shape, weight_shape, stride, padding, dilation, groups, local, weight, cause = asked
+    kernel, n = weight_shape[2:], len(weight_shape) - 2
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if padding == "same":
         if any(s != 1 for s in stride):
             raise RuntimeError("padding='same' is not supported for strided convolutions")
         ends = [(r // 2, r - r // 2) for r in reach]
     else:
-        ends = [(p, p) for p in tuple_of(0 if padding == "valid" else padding, n)]
-    x = gathered(x, [1], "convolution")
-    weight, bias = replicate(weight), None if bias is None else replicate(bias)
-    placements, shape = placements_of(x), tuple(x.shape)
-    if shape[1] != weight.shape[1] * groups:
+        ends = [(p, p) for p in tuple_of(0 if isinstance(padding, str) else padding, n)]
+    if shape[1] != weight_shape[1] * groups:
         raise RuntimeError(
-            f"convolution: the input {shape} has {shape[1]} channels, the weight {tuple(weight.shape)} with "
-            f"groups={groups} expects {weight.shape[1] * groups}"
+            f"convolution: the input {tuple(shape)} has {shape[1]} channels, the weight {tuple(weight_shape)} with "
+            f"groups={groups} expects {weight_shape[1] * groups}"
         )
-    cause = cause_for("convolution", x, weight)
     sizes_out = [(shape[i + 2] + sum(ends[i]) - reach[i] - 1) // stride[i] + 1 for i in range(n)]
     if min(sizes_out) < 1:
-        raise RuntimeError(f"convolution: kernel {kernel} with dilation {dilation} exceeds the padded input {shape}")
-    axes = split_axes(placements)
-    local = to_local(x)
-    w, b = to_local(weight, axes), None if bias is None else to_local(bias, axes)
-    out_shape = (shape[0], weight.shape[0], *sizes_out)
+        raise RuntimeError(
+            f"convolution: kernel {tuple(kernel)} with dilation {dilation} exceeds the padded input {tuple(shape)}"
+        )
+    out_shape = (shape[0], weight_shape[0], *sizes_out)
     local_out = local_shape(mesh, placements, out_shape)[2:]
     cuts: list[Cut] = []
     for i in reversed(range(n)):  # the outermost dim last: its planes lie together in memory
@@ -76,19 +108,20 @@ def conv(
             line = Line(mesh, axis, i + 2, cause)
             args = (shape[i + 2], kernel[i], stride[i], dilation[i], ends[i][0])
             cuts.append(_cut(line, *args, chunks(sizes_out[i], line.ranks)))
-    pads = list(ends)
+    pads, settings = list(ends), Conv(stride, dilation, groups)
     # A thin convolution reorders the weight anew, which costs more than laying planes next to a part that is smaller;
     # in halves it stays, for torch's weight gradient of some such windows holds memory that nobody wrote.
-    light = weight.numel() <= local.numel() or local.dtype in (torch.bfloat16, torch.float16)
-    light = light and not as_matrix(local, w, Conv(stride, dilation, groups), local_out, "weight")
+    light = math.prod(weight.shape) <= math.prod(local.shape) or local.dtype in (torch.bfloat16, torch.float16)
+    light = light and not as_matrix(local, weight, settings, local_out, "weight")
     hidden = light and all(_is_thin(cut, stride[cut.dim - 2]) for cut in cuts)
     for cut in cuts:
         have, want = cut.owned[cut.line.me], cut.wanted[cut.line.me]
         before, after = cut.edge
         pads[cut.dim - 2] = (before + have.lo - want.lo, after + want.hi - have.hi) if hidden else cut.edge
-    settings = Conv(stride, dilation, groups), tuple(pads), tuple(local_out)
-    y = SpatialConv.apply(local, w, b, *settings, tuple(cuts), hidden)
-    return from_local(y, mesh, placements, out_shape, cause.ledger)
+    return out_shape, Work(settings, tuple(pads), tuple(local_out), tuple(cuts), hidden)
+
+
+when_leaving(_planned.cache_clear)  # it holds meshes, which hold groups
 
 
 def _cut(line: Line, size: int, k: int, s: int, d: int, p: int, outs: tuple[Interval, ...]) -> Cut:
@@ -96,7 +129,8 @@ def _cut(line: Line, size: int, k: int, s: int, d: int, p: int, outs: tuple[Inte
     windows = [reached(out, size, k, s, p, d) for out in outs]
     inside, before, after = windows[line.me]
     wanted = tuple(window[0] for window in windows)
-    return Cut(line, chunks(size, line.ranks), wanted, inside.lo - before, outs[line.me].size, (before, after))
+    first, outputs = inside.lo - before, outs[line.me].size
+    return Cut(line, chunks(size, line.ranks), wanted, first, outputs, (before, after), (k, s, d))
 
 
 def _is_thin(cut: Cut, stride: int) -> bool:

@@ -22,7 +22,7 @@ from meshwright.parallel.functions import (
     placements_of,
     tuple_of,
 )
-from meshwright.parallel.kernels import memory_format, widened
+from meshwright.parallel.kernels import Conv, memory_format, unreliable, widened
 from meshwright.parallel.layout import axis_of, local_shape, owned, split_axes
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
@@ -96,7 +96,8 @@ def conv_transpose(
         made_up = native(one, w, b if exact else None, stride, 0, 0, groups, dilation)
         y = local.new_zeros(local_out) + made_up.flatten().narrow(0, 0, 0).sum()  # the graph that others have
     else:
-        wide: Any = [t.float() if t is not None and widened(local) else t for t in (local, w, b if exact else None)]
+        widen = widened(local) or unreliable(local, kernel, Conv(stride, dilation, groups), local.shape[2:])
+        wide: Any = [t.float() if t is not None and widen else t for t in (local, w, b if exact else None)]
         y = native(*wide, stride, local_pad, local_extra, groups, dilation).to(local.dtype)
         y = y.contiguous(memory_format=memory_format(local))  # torch's reference kernel forgets channels_last
         for dim, out, start in crops if not exact else []:

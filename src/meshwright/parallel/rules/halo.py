@@ -6,18 +6,35 @@ earlier dims brought, so corners travel through the neighbour in between.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 
 from meshwright.parallel.comm import dense_strides
-from meshwright.parallel.exchange import Intervals, Line, Posted
-from meshwright.parallel.kernels import Conv, conv_backward, conv_forward
-from meshwright.plan.geometry import Interval, transfers
+from meshwright.parallel.exchange import Intervals, Line, Posted, pieces_of
+from meshwright.parallel.kernels import Conv, Pads, conv_backward, conv_forward
+from meshwright.plan.geometry import Interval
 
-Pads = tuple[tuple[int, int], ...]
+
+class Near(NamedTuple):
+    """One output plane that reads one plane of the halo: `taps` taps from `tap` on, `size` positions from `at` on."""
+
+    out: int
+    tap: int
+    taps: int
+    plane: int
+    at: int
+    size: int
+    is_all: bool  # the whole plane, which no other output reads
+
+    def part(self, planes: Sequence[torch.Tensor], dim: int) -> torch.Tensor:
+        """What the output reads."""
+        return planes[self.plane] if self.is_all else planes[self.plane].narrow(dim, self.at, self.size)
 
 
 @dataclass(frozen=True)
@@ -30,35 +47,47 @@ class Cut:
     first: int
     outputs: int
     edge: tuple[int, int]  # zeros before and after the wanted interval: the padding of the volume itself
+    taps: tuple[int, int, int]  # kernel, stride and dilation
 
     @property
     def dim(self) -> int:
         return self.line.dim
 
+    @cached_property
+    def spans(self) -> tuple[Interval, ...]:
+        """Where the planes lie that others send, in ascending order."""
+        return tuple(span for _, span in pieces_of(self.owned, self.wanted, self.line.me)[1])
 
-@dataclass(frozen=True)
-class Halo:
-    """The planes a cut brought: (global span, tensor) in ascending order, and the pads to convolve them with."""
+    @cached_property
+    def before(self) -> int:
+        """How many of them lie before the part."""
+        return sum(span.lo < self.owned[self.line.me].lo for span in self.spans)
+
+    @cached_property
+    def near(self) -> tuple[Near, ...]:
+        """All that outputs read of them."""
+        (kernel, stride, dilation), found = self.taps, []
+        for out, (plane, span) in itertools.product(range(self.outputs), enumerate(self.spans)):
+            start = self.first + out * stride
+            j0 = max(0, -(-(span.lo - start) // dilation))
+            j1 = min(kernel, (span.hi - 1 - start) // dilation + 1)
+            if j1 > j0:
+                at, size = start + j0 * dilation - span.lo, (j1 - j0 - 1) * dilation + 1
+                found.append(Near(out, j0, j1 - j0, plane, at, size, size == span.size))
+        readers = Counter(near.plane for near in found)
+        return tuple(near._replace(is_all=near.is_all and readers[near.plane] == 1) for near in found)
+
+
+class Halo(NamedTuple):
+    """The planes a cut brought, one for each of its spans, and the pads to convolve them with."""
 
     cut: Cut
-    planes: list[tuple[Interval, torch.Tensor]]
+    planes: Sequence[torch.Tensor]
     pads: Pads
 
-    def sides(self) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        own = self.cut.owned[self.cut.line.me].lo
-        left = [plane for span, plane in self.planes if span.lo < own]
-        return left, [plane for span, plane in self.planes if span.lo >= own]
-
-    def near(self, conv: Conv, kernel: int) -> Iterator[tuple[int, int, int, int, int]]:
-        """For each output plane that reads a plane of the halo: output, first tap, taps, index of the plane, offset."""
-        stride, dilation = conv.stride[self.cut.dim - 2], conv.dilation[self.cut.dim - 2]
-        for out in range(self.cut.outputs):
-            start = self.cut.first + out * stride
-            for index, (span, _) in enumerate(self.planes):
-                j0 = max(0, -(-(span.lo - start) // dilation))
-                j1 = min(kernel, (span.hi - 1 - start) // dilation + 1)
-                if j1 > j0:
-                    yield out, j0, j1 - j0, index, start + j0 * dilation - span.lo
+    def sides(self) -> tuple[Sequence[torch.Tensor], Sequence[torch.Tensor]]:
+        """The planes before the part and behind it."""
+        return self.planes[: self.cut.before], self.planes[self.cut.before :]
 
 
 def strip(x: torch.Tensor, halos: Sequence[Halo], dim: int, lo: int, size: int) -> torch.Tensor:
@@ -107,9 +136,7 @@ def add_strip(d_x: torch.Tensor, d_halos: Sequence[Halo], dim: int, lo: int, gra
 def parted(grad: torch.Tensor, x: torch.Tensor, halos: Sequence[Halo]) -> tuple[torch.Tensor, list[Halo]]:
     """The adjoint of `whole`: the gradient of a window as that of the part and of the planes."""
     d_x = torch.zeros_like(x)
-    d_halos = [
-        Halo(halo.cut, [(span, torch.zeros_like(plane)) for span, plane in halo.planes], halo.pads) for halo in halos
-    ]
+    d_halos = [Halo(halo.cut, [torch.zeros_like(plane) for plane in halo.planes], halo.pads) for halo in halos]
     add_strip(d_x, d_halos, 0, 0, grad)
     return d_x, d_halos
 
@@ -146,16 +173,15 @@ def post_back(x: torch.Tensor, d_halo: Halo, before: Sequence[Cut]) -> Posted:
     cut = d_halo.cut
 
     def take(span: Interval) -> torch.Tensor:
-        held, plane = next((s, t) for s, t in d_halo.planes if s.meet(span).size)
-        return plane.narrow(cut.dim, span.lo - held.lo, span.size)
+        held, plane = next(pair for pair in zip(cut.spans, d_halo.planes, strict=True) if pair[0].meet(span).size)
+        return plane if held == span else plane.narrow(cut.dim, span.lo - held.lo, span.size)
 
     return Posted(x, cut.wanted, cut.owned, cut.line, take, _extended(x, before))
 
 
 def arrived(posted: Posted, pads: Pads, cut: Cut, before: Sequence[Cut]) -> Halo:
     """The planes of an exchange, complete."""
-    planes = sorted(((span, piece) for span, _, piece in posted.pieces()), key=lambda entry: entry[0].lo)
-    return Halo(cut, planes, _halo_pads(pads, before))
+    return Halo(cut, [piece for _, _, piece in posted.pieces()], _halo_pads(pads, before))
 
 
 def received(x: torch.Tensor, cuts: Sequence[Cut], pads: Pads) -> list[Halo]:
@@ -171,33 +197,28 @@ def blank(x: torch.Tensor, cuts: Sequence[Cut], pads: Pads) -> list[Halo]:
     halos: list[Halo] = []
     for level, cut in enumerate(cuts):
         shape, planes = _extended(x, cuts[:level]), []
-        for move in transfers(cut.owned, cut.wanted):
-            if move.target == cut.line.me != move.source:
-                shape[cut.dim] = move.span.size
-                planes.append((move.span, x.new_zeros(shape)))
-        halos.append(Halo(cut, sorted(planes, key=lambda entry: entry[0].lo), _halo_pads(pads, cuts[:level])))
+        for span in cut.spans:
+            shape[cut.dim] = span.size
+            planes.append(x.new_zeros(shape))
+        halos.append(Halo(cut, planes, _halo_pads(pads, cuts[:level])))
     return halos
 
 
-def again(
-    cuts: Sequence[Cut], spans: Sequence[Sequence[Interval]], planes: Sequence[torch.Tensor], pads: Pads
-) -> list[Halo]:
-    """Saved planes with their spans put together again."""
+def again(cuts: Sequence[Cut], planes: Sequence[torch.Tensor], pads: Pads) -> list[Halo]:
+    """Saved planes put together again."""
     rest = iter(planes)
     return [
-        Halo(cut, [(span, next(rest)) for span in held], _halo_pads(pads, cuts[:level]))
-        for level, (cut, held) in enumerate(zip(cuts, spans, strict=True))
+        Halo(cut, list(itertools.islice(rest, len(cut.spans))), _halo_pads(pads, cuts[:level]))
+        for level, cut in enumerate(cuts)
     ]
 
 
 def _halo_pads(pads: Pads, before: Sequence[Cut]) -> Pads:
     """Planes are extended along the dims of earlier cuts, so there only the padding of the volume is left."""
+    if not before:
+        return pads
     edges = {cut.dim - 2: cut.edge for cut in before}
     return tuple(edges.get(i, pad) for i, pad in enumerate(pads))
-
-
-def taken(plane: torch.Tensor, dim: int, at: int, taps: int, conv: Conv) -> torch.Tensor:
-    return plane.narrow(dim, at, (taps - 1) * conv.dilation[dim - 2] + 1)
 
 
 def _without(values: Sequence[Any], dim: int) -> tuple[Any, ...]:

@@ -32,7 +32,6 @@ from meshwright.parallel.rules.halo import (
     post,
     post_back,
     received,
-    taken,
     thin_backward,
     thin_forward,
     whole,
@@ -72,8 +71,7 @@ class SpatialConv(Function):
         work = Work(conv, pads, out_sizes, cuts, hidden)
         y, halos = _forward(x, weight, bias, work)
         ctx.work, ctx.has_bias = work, bias is not None
-        ctx.spans = [[span for span, _ in halo.planes] for halo in halos]
-        ctx.save_for_backward(x, weight, *(plane for halo in halos for _, plane in halo.planes))
+        ctx.save_for_backward(x, weight, *(plane for halo in halos for plane in halo.planes))
         return _own(y)
 
     @staticmethod
@@ -86,7 +84,7 @@ class SpatialConv(Function):
             d_weight = WeightGradient.apply(grad, x, weight.detach(), work) if mask[1] else None
             d_bias = _d_bias(grad) if mask[2] else None
         else:
-            halos = again(work.cuts, ctx.spans, planes, work.pads)
+            halos = again(work.cuts, planes, work.pads)
             d_x, d_weight, d_bias = _backward(grad, x, halos, weight, work, mask)
         return d_x, d_weight, d_bias, None, None, None, None, None
 
@@ -152,10 +150,10 @@ def _forward(
         halo = arrived(posted, pads, cut, cuts[:level])
         halos.append(halo)
         start = time.perf_counter()
-        for out, tap, taps, index, at in halo.near(conv, weight.shape[cut.dim]):
-            part = taken(halo.planes[index][1], cut.dim, at, taps, conv)
-            thin = thin_forward(part, weight.narrow(cut.dim, tap, taps), conv, halo.pads, out_sizes, cut.dim)
-            y.narrow(cut.dim, out, 1).add_(thin)
+        for near in cut.near:
+            w = weight.narrow(cut.dim, near.tap, near.taps)
+            thin = thin_forward(near.part(halo.planes, cut.dim), w, conv, halo.pads, out_sizes, cut.dim)
+            y.narrow(cut.dim, near.out, 1).add_(thin)
         totals.boundary_s += time.perf_counter() - start
     return y, halos
 
@@ -171,12 +169,14 @@ def _backward(
         d_x, d_halos = (None, []) if d_window is None else parted(d_window, x, halos)
         posted = post_back(x, d_halos[-1], cuts[:-1]) if d_halos else None
     else:
-        d_halos = [_d_planes(halo, grad, weight, conv) for halo in halos] if mask[0] else []
+        thin = [_near_backward(halo, grad, weight, conv, mask[:2]) for halo in halos] if any(mask[:2]) else []
+        d_halos = [d_halo for d_halo, _ in thin] if mask[0] else []
         posted = post_back(x, d_halos[-1], cuts[:-1]) if d_halos else None
         d_x, d_weight, d_bias = _main_backward(grad, x, weight, conv, pads, mask)
-        if mask[1] and d_weight is not None:
-            for halo in halos:
-                _add_d_weight(d_weight, halo, grad, weight, conv)
+        for halo, (_, d_weights) in zip(halos, thin, strict=False):
+            for near, share in zip(halo.cut.near, d_weights, strict=False):
+                assert d_weight is not None
+                d_weight.narrow(halo.cut.dim, near.tap, near.taps).add_(share)
     for level in reversed(range(len(d_halos))):
         assert posted is not None
         assert d_x is not None
@@ -197,26 +197,32 @@ def _d_bias(grad: torch.Tensor) -> torch.Tensor:
     return grad.sum((0, *range(2, grad.ndim)))
 
 
-def _d_planes(halo: Halo, grad: torch.Tensor, weight: torch.Tensor, conv: Conv) -> Halo:
-    """Gradients of the planes."""
+def _near_backward(
+    halo: Halo, grad: torch.Tensor, weight: torch.Tensor, conv: Conv, mask: tuple[bool, bool]
+) -> tuple[Halo, list[torch.Tensor]]:
+    """Gradients of the planes, and what they add to the gradient of the weight for each output near them: as far as
+    `mask` asks for either."""
     start, dim = time.perf_counter(), halo.cut.dim
-    found = [(span, torch.zeros_like(plane)) for span, plane in halo.planes]
-    for out, tap, taps, index, at in halo.near(conv, weight.shape[dim]):
-        part = taken(found[index][1], dim, at, taps, conv)
-        g, w = grad.narrow(dim, out, 1), weight.narrow(dim, tap, taps)
-        part.add_(thin_backward(g, part, w, conv, halo.pads, dim, (True, False))[0])
+    d_planes: list[torch.Tensor | None] = [None] * len(halo.planes)
+    d_weights = []
+    for near in halo.cut.near:
+        g, w = grad.narrow(dim, near.out, 1), weight.narrow(dim, near.tap, near.taps)
+        d_part, d_weight = thin_backward(g, near.part(halo.planes, dim), w, conv, halo.pads, dim, mask)
+        if mask[1]:
+            d_weights.append(d_weight)
+        if mask[0]:
+            held = d_planes[near.plane]
+            if near.is_all:
+                held = d_part
+            else:
+                held = torch.zeros_like(halo.planes[near.plane]) if held is None else held
+                held.narrow(dim, near.at, near.size).add_(d_part)
+            d_planes[near.plane] = held
+    for index, plane in enumerate(halo.planes):
+        if mask[0] and d_planes[index] is None:  # no output of this rank reads it
+            d_planes[index] = torch.zeros_like(plane)
     totals.boundary_s += time.perf_counter() - start
-    return Halo(halo.cut, found, halo.pads)
-
-
-def _add_d_weight(d_weight: torch.Tensor, halo: Halo, grad: torch.Tensor, weight: torch.Tensor, conv: Conv) -> None:
-    """What the planes add to the gradient of the weight."""
-    start, dim = time.perf_counter(), halo.cut.dim
-    for out, tap, taps, index, at in halo.near(conv, weight.shape[dim]):
-        part = taken(halo.planes[index][1], dim, at, taps, conv)
-        g, w = grad.narrow(dim, out, 1), weight.narrow(dim, tap, taps)
-        d_weight.narrow(dim, tap, taps).add_(thin_backward(g, part, w, conv, halo.pads, dim, (False, True))[1])
-    totals.boundary_s += time.perf_counter() - start
+    return Halo(halo.cut, [d for d in d_planes if d is not None], halo.pads), d_weights
 
 
 def _main_forward(
