@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
 
 from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.functions import (
@@ -23,7 +22,7 @@ from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import Placements, axis_of, shares, split_axes, splits
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.norm_kernels import is_per_channel, statistics
-from meshwright.parallel.redistribute import from_local, replicate, same, to_local
+from meshwright.parallel.redistribute import from_local, replicate, to_local
 from meshwright.parallel.rules.channel_norm import ChannelNorm
 from meshwright.parallel.rules.pointwise import aligned, cut
 from meshwright.parallel.rules.standardize import Standardize
@@ -66,18 +65,13 @@ def _standardize(
     return from_local(y, mesh, placements, shape, cause.ledger), mean, var
 
 
-class _InOrder(Function):
-    """The same; its gradient in the memory order of the value. The gradient of torch's batch norm (2.13.0, CPU) is
-    wrong in another order, and a part may be so thin that a permuted gradient has another order there alone."""
-
-    @staticmethod
-    def forward(ctx: Any, y: torch.Tensor) -> torch.Tensor:
-        ctx.order = memory_format(y)
-        return same(y)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> Any:
-        return grad.contiguous(memory_format=ctx.order)
+def _keep_order(y: torch.Tensor) -> torch.Tensor:
+    """`y`, whose gradient comes in its memory order. That of torch's batch norm (2.13.0, CPU) is wrong in another order,
+    and a part may be so thin that a permuted gradient has another order there alone."""
+    if y.requires_grad:
+        order = memory_format(y)
+        y.register_hook(lambda grad: grad.contiguous(memory_format=order))
+    return y
 
 
 @function(F.batch_norm, torch.batch_norm)
@@ -102,7 +96,7 @@ def batch_norm(
         mean, var = (None if v is None else to_local(v) for v in (running_mean, running_var))
         w, b = (None if v is None else to_local(v, axes) for v in (weight, bias))
         y = F.batch_norm(to_local(x), mean, var, w, b, training, 0.0 if momentum is None else momentum, eps)
-        return from_local(_InOrder.apply(y), mesh, placements, shape, cause.ledger)
+        return from_local(_keep_order(y), mesh, placements, shape, cause.ledger)
     count = math.prod(shape) // max(1, shape[1])
     if count <= 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")

@@ -65,7 +65,7 @@ def _alike(part: torch.Tensor, x: Any) -> Any:
 def _written(func: Callable[..., Any], x: Any, parts: list[Any], kwargs: Any) -> Any:
     """In place: the part is written, and `x` becomes what would be made of it now. Not if anyone else holds `x` as it
     was (a view, a graph), for whom torch has to see the write."""
-    if not is_mesh(x):
+    if not is_mesh(x) or parts[0]._is_view():  # torch would have to see that the base is written
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
         if x._use_count() > 1:
