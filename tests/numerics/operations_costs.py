@@ -48,9 +48,10 @@ COSTS: dict[str, Cost] = {
     "margins": Cost("one number for each loss, to the other ranks", "a split dim of classes is gathered"),
     "matmul": Cost("a split contraction: the result × 2 (ranks − 1) / ranks, once, when the sum is needed"),
     "norm": Cost(
-        "3 numbers for each channel (batch), or sample and group, forward, 2 backward, to the ranks that share it",
+        "2 numbers for each channel (batch), or sample and group, forward and backward, to the ranks that share it",
         CHANNELS,
     ),
+    "on_parts": Cost("nothing: elementwise between two rules, on the parts themselves", "as all elementwise work"),
     "pad": Cost("positions that padding repeats or moves to another rank's chunk × the other dims"),
     "pointwise": Cost("nothing; operands split in different ways: one moves to the other's layout"),
     "pool": Cost(WINDOW),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import scenarios_backward as backward
 import scenarios_corners as corners
 import scenarios_flow as flow
+import scenarios_history as history
 import scenarios_use as use
 from scenario_kit import Scenario
 
@@ -57,5 +58,10 @@ SCENARIOS = [
     Scenario("failed_backward", backward.failed_backward),
     Scenario("no_leak", backward.no_leak),
     Scenario("only_inputs", backward.only_inputs),
+    Scenario("hooks_between_rules", history.hooks),
+    Scenario("retained_between_rules", history.retained),
+    Scenario("asked_for_between_rules", history.asked_for),
+    Scenario("other_ways_between_rules", history.other_ways),
+    Scenario("left_between_rules", history.left),
     Scenario("mixed_losses", backward.mixed_losses),
 ]

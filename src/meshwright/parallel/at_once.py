@@ -11,9 +11,9 @@ from meshwright.parallel.layout import partial_axes
 from meshwright.parallel.tensor import MeshOps, alike, wrap
 
 
-def at_once(func: Any, args: Any, writes: bool, on_summands: bool) -> Any:
+def at_once(func: Any, args: Any, kwargs: Any, writes: bool, on_summands: bool) -> Any:
     """The result of an elementwise ATen operator with one result, or NotImplemented where the rules have to be asked:
-    for operands of other layouts, copies of views, and summands (unless `on_summands`)."""
+    for operands of other layouts, copies of views, summands (unless `on_summands`), and options that are no numbers."""
     first: Any = None
     parts = []
     for value in args:
@@ -26,15 +26,17 @@ def at_once(func: Any, args: Any, writes: bool, on_summands: bool) -> Any:
             return NotImplemented
         else:
             parts.append(value)
+    if kwargs and not all(isinstance(value, int | float | bool) for value in kwargs.values()):
+        return NotImplemented
     if first is None or (partial_axes(tuple(first._spec.placements)) and not on_summands):
         return NotImplemented
     if writes:
         if not isinstance(args[0], MeshOps):
             return NotImplemented
-        func(*parts)
+        func(*parts, **kwargs)
         written(args[0], False)
         return args[0]
-    out, local = func(*parts), first._local_tensor
+    out, local = func(*parts, **kwargs), first._local_tensor
     if out.dtype is local.dtype and out.shape == local.shape and out.stride() == local.stride():
         return alike(out, first)
     return wrap(out, first._spec.mesh, tuple(first._spec.placements), tuple(first._spec.shape), first._ledger)

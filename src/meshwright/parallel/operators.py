@@ -132,8 +132,8 @@ def _map(values: Any, change: Callable[[Any], Any]) -> Any:
 def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     """Run one ATen operator on mesh tensors."""
     known = _about(func)
-    if known.is_simple and not kwargs:
-        result = at_once(func, args, known.writes, known.rule is not _pointwise_rule)
+    if known.is_simple:
+        result = at_once(func, args, kwargs, known.writes, known.rule is not _pointwise_rule)
         if result is not NotImplemented:
             return result
     tensors = mesh_tensors([*args, *kwargs.values()] if kwargs else args)

@@ -25,7 +25,6 @@ from meshwright.parallel.bells import MOST_UNREAD, Bell
 
 SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
 LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
-MOST_PLACES = 256  # layouts of pieces that a slot remembers
 MOST_LATE = 8  # unread pieces that nobody has asked for yet: half, for a neighbour may be as far ahead
 LONGEST_SLEEP_S = 0.05  # then the counters are looked at again
 
@@ -35,22 +34,18 @@ class _Memory:
 
     def __init__(self, file: int, size: int) -> None:
         self.size = size
-        self._bytes = torch.frombuffer(mmap.mmap(file, size), dtype=torch.uint8)
-        self._places: dict[tuple[object, ...], list[torch.Tensor]] = {}  # the same layers come by in every step
+        self._pages = mmap.mmap(file, size)
 
     def places(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Where the parts of a piece lie, one behind the other."""
-        key = tuple((part.shape, part.dtype) for part in parts)
-        found = self._places.get(key)
-        if found is None:
-            if len(self._places) > MOST_PLACES:
-                self._places.clear()
-            found, at = [], 0
-            for part in parts:
-                nbytes = part.numel() * part.element_size()
-                found.append(self._bytes[at : at + nbytes].view(part.dtype).view(part.shape))
-                at += nbytes
-            self._places[key] = found
+        found, at = [], 0
+        for part in parts:
+            count = part.numel()
+            line = (
+                torch.frombuffer(self._pages, dtype=part.dtype, count=count, offset=at) if count else part.new_empty(0)
+            )
+            found.append(line.view(part.shape))
+            at += count * part.element_size()
         return found
 
 

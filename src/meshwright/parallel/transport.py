@@ -21,7 +21,9 @@ from meshwright.parallel.bells import ORDERED, SPINS, Bell, new_page
 from meshwright.parallel.shared import Channel
 
 VARIABLE = "MESHWRIGHT_TRANSPORT"
-MOST_NEIGHBOURS = 15  # a rank with more of them in a group takes messages: each costs three open files a lane
+MOST_NEIGHBOURS = (
+    15  # a rank with more of them in a group takes messages: each costs two open files a lane, and its slots
+)
 LEAVE_S = 5.0  # a rank that is done waits so long for slower ones to read its last pieces
 _living: WeakSet[Channel] = WeakSet()
 

@@ -68,13 +68,16 @@ def backward(
     inputs: Any = None,
 ) -> None:
     """`torch.autograd.backward`."""
-    outputs = _tuple(tensors)
+    outputs, wanted = _tuple(tensors), None if inputs is None else _tuple(inputs)
+    for x in wanted or ():
+        if isinstance(x, torch.Tensor) and x.requires_grad and not x.is_leaf:
+            x.retain_grad()  # as torch does, which here sees an edge alone
     torch.autograd.backward(
         _edges(outputs),
         _start(outputs, grad_tensors),
         retain_graph,
         create_graph,
-        inputs=None if inputs is None else _edges(_tuple(inputs)),
+        inputs=None if wanted is None else tuple(_edge(x) for x in wanted),
     )
 
 
@@ -128,6 +131,13 @@ def _batched(outputs: tuple[Any, ...], wanted: tuple[Any, ...], batches: tuple[A
         for i in range(count)
     ]
     return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
+
+
+@function(torch.Tensor.detach_)
+def detach_(self: Any) -> Any:
+    """Leaves the graph, and so does what rules would go on from."""
+    self._history = None
+    return NotImplemented
 
 
 @function(torch.Tensor.register_hook)

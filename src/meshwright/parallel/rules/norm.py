@@ -66,8 +66,8 @@ def _standardize(
 
 
 def _keep_order(y: torch.Tensor) -> torch.Tensor:
-    """`y`, whose gradient comes in its memory order. That of torch's batch norm (2.13.0, CPU) is wrong in another order,
-    and a part may be so thin that a permuted gradient has another order there alone."""
+    """`y`, whose gradient comes in its memory order. That of torch's batch norm (2.13.0, CPU) is wrong in another
+    order, and a part may be so thin that a permuted gradient has another order there alone."""
     if y.requires_grad:
         order = memory_format(y)
         y.register_hook(lambda grad: grad.contiguous(memory_format=order))

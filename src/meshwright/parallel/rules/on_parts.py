@@ -1,8 +1,7 @@
 """Elementwise functions between rules that go on from the parts themselves: torch's own function, and its own graph.
 
 Where every operand is a mesh tensor that a rule has just made, or a number, and all lie alike, the function
-runs on the plain parts, and its backward needs no rule at all. Everything else takes the way of all operators
-(`pointwise.py`).
+runs on the plain parts, and its backward needs no rule at all. Everything else takes the way of all operators.
 """
 
 from __future__ import annotations
@@ -35,6 +34,7 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
     writes = func.__name__.endswith("_") and not func.__name__.startswith("_")
 
     def rule(*args: Any, **kwargs: Any) -> Any:
+        """On the parts where rules made all operands, else as any elementwise operator."""
         first: Any = None
         parts = []
         for value in args:
