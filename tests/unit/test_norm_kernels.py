@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from meshwright.parallel import norm_kernels
+from meshwright.parallel.small import tensor
 
 EPS = {torch.bfloat16: 2**-8, torch.float16: 2**-11}  # half a unit in the last place, relative
 SHAPES = [(2, 5, 7), (3, 4, 6, 5), (1, 6, 4, 5, 6), (2, 3, 1, 1, 2)]
+
+
+def tensor_sums(*args: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    total, product = (tensor(t) for t in norm_kernels.gradient_sums(*args))
+    return total, product
 
 
 def drawn(shape: tuple[int, ...], dtype: torch.dtype, last: bool) -> torch.Tensor:
@@ -27,7 +35,7 @@ def test_against_fp64(dtype: torch.dtype, shape: tuple[int, ...], lasts: tuple[b
     dims, view = [0, *range(2, len(shape))], [1, -1, *(1 for _ in shape[2:])]
     assert norm_kernels.is_per_channel(x, dims)
     wide, g = x.double(), grad.double()
-    mean, variance = norm_kernels.moments(x)
+    mean, variance = (tensor(t) for t in norm_kernels.moments(x))
     torch.testing.assert_close(mean, wide.mean(dims), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(variance, wide.var(dims, correction=0), rtol=1e-4, atol=1e-4)
     near, scale, slope, level = torch.randn(4, shape[1])
@@ -37,7 +45,7 @@ def test_against_fp64(dtype: torch.dtype, shape: tuple[int, ...], lasts: tuple[b
     def per(t: torch.Tensor) -> torch.Tensor:
         return t.double().view(view)
 
-    total, product = norm_kernels.gradient_sums(grad, x, near, spread, 0.1)
+    total, product = tensor_sums(grad, x, near, spread, 0.1)
     torch.testing.assert_close(total.double(), g.sum(dims), rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(product.double(), (g * normal).sum(dims), rtol=1e-4, atol=1e-2)
     d_x = norm_kernels.input_gradient(grad, x, scale, slope, level)
@@ -55,10 +63,10 @@ def test_large_parts_keep_their_digits(last: bool, shape: tuple[int, ...]) -> No
     if last:
         x = x.contiguous(memory_format=torch.channels_last if x.ndim == 4 else torch.channels_last_3d)
     dims, wide, count = [0, *range(2, x.ndim)], x.double(), x.numel() // 2
-    mean, variance = norm_kernels.moments(x)
+    mean, variance = (tensor(t) for t in norm_kernels.moments(x))
     torch.testing.assert_close(mean, wide.mean(dims), rtol=2e-6, atol=0)
     torch.testing.assert_close(variance, wide.var(dims, correction=0), rtol=1e-4, atol=0)
-    total, product = norm_kernels.gradient_sums(torch.ones_like(x), x, torch.tensor([29.0, 30.0]), torch.ones(2), 0.0)
+    total, product = tensor_sums(torch.ones_like(x), x, torch.tensor([29.0, 30.0]), torch.ones(2), 0.0)
     assert total.tolist() == [count, count]
     torch.testing.assert_close(
         product, (wide - torch.tensor([29.0, 30.0]).view([1, 2] + [1] * (x.ndim - 2))).sum(dims), rtol=1e-4, atol=10
@@ -71,11 +79,11 @@ def test_whole_volumes_in_fp32(last: bool) -> None:
     torch.manual_seed(0)
     x = torch.randn(1, 1, 256, 256, 256).expand(1, 2, -1, -1, -1)
     x = x.contiguous(memory_format=torch.channels_last_3d if last else torch.contiguous_format)
-    mean, variance = norm_kernels.moments(x)
+    mean, variance = (tensor(t) for t in norm_kernels.moments(x))
     exact = x[0, 0].double()
     torch.testing.assert_close(mean, exact.mean().expand(2), rtol=0, atol=1e-6)
     torch.testing.assert_close(variance, exact.var(correction=0).expand(2), rtol=1e-5, atol=0)
-    total, product = norm_kernels.gradient_sums(x.abs(), x, torch.zeros(2), torch.ones(2), 0.0)
+    total, product = tensor_sums(x.abs(), x, torch.zeros(2), torch.ones(2), 0.0)
     bound = 1e-5 if last else 1e-3  # torch's sums channel by channel are good for three digits here
     torch.testing.assert_close(total, exact.abs().sum().expand(2), rtol=bound, atol=0)
     torch.testing.assert_close(product, (exact.abs() * exact).sum().expand(2), rtol=0, atol=bound * 2**24)
@@ -107,12 +115,11 @@ def test_values_far_from_zero_are_told(dtype: torch.dtype, last: bool) -> None:
         x = x.contiguous(memory_format=torch.channels_last)
     for offset in (0, 4, 20):  # around zero, off, and far off in sum: 24 standard deviations
         x[:, 1] += offset
-        found = norm_kernels.statistics(x)
-        assert found is not None
-        torch.testing.assert_close(found[0], x.double().mean((0, 2, 3)), rtol=2e-7, atol=1e-6)
-        torch.testing.assert_close(found[1], x.double().var((0, 2, 3), correction=0), rtol=2e-5, atol=0)
+        found = norm_kernels.moments(x)
+        assert norm_kernels.is_centred(x, found)
+        mean, variance = (tensor(t) for t in found)
+        torch.testing.assert_close(mean, x.double().mean((0, 2, 3)), rtol=2e-7, atol=1e-5)
+        torch.testing.assert_close(variance, x.double().var((0, 2, 3), correction=0), rtol=2e-5, atol=0)
     x[:, 1] += 20
-    assert (norm_kernels.statistics(x) is None) == (dtype != torch.bfloat16)
-    empty = norm_kernels.statistics(x[:, :, :0])
-    assert empty is not None
-    assert empty[0].tolist() == empty[1].tolist() == [0, 0, 0]
+    assert norm_kernels.is_centred(x, norm_kernels.moments(x)) == (dtype == torch.bfloat16)
+    assert norm_kernels.moments(x[:, :, :0]).tolist() == [[0, 0, 0]] * 2

@@ -92,6 +92,20 @@ def memory_bytes() -> int | None:
     return total
 
 
+def available_bytes() -> int:
+    """Memory that is free, or can be made so, for this process; 0 where the system does not say."""
+    free, limit = _meminfo_bytes("MemAvailable") or 0, _read("/sys/fs/cgroup/memory.max").strip()
+    if limit.isdigit():
+        free = min(free, int(limit) - int(_read("/sys/fs/cgroup/memory.current").strip() or 0))
+    return free
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has had in use, as the kernel counts it; 0 where it does not."""
+    lines = _read("/proc/self/status").splitlines()
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
 def _processor_name(cpuinfo: str) -> str:
     names = _cpuinfo_values(cpuinfo, "model name")
     return names[0] if names else platform.processor() or platform.machine()

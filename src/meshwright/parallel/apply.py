@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
 from meshwright.cluster.agree import assert_same_on_all_ranks
+from meshwright.cluster.pages import keep_pages
 from meshwright.errors import PlanError, UnsupportedError
 from meshwright.parallel import rules as _rules  # noqa: F401  (importing registers the rules)
 from meshwright.parallel.account import Ledger, where
@@ -130,7 +131,7 @@ def parallelize(
                     done[id(tensor)] = tensor
     model.__dict__[_LEDGER] = ledger
     for name, module in model.named_modules():
-        module.register_forward_pre_hook(_Enter(ledger, name or type(model).__name__))
+        module.register_forward_pre_hook(_Enter(ledger, name or type(model).__name__, place.type == "cpu"))
         module.register_forward_hook(_Leave(), always_call=True)
     _reduce_gradients(model)
     return model
@@ -169,13 +170,15 @@ def _convert(tensor: torch.Tensor, name: str, mesh: DeviceMesh, device: torch.de
 
 
 class _Enter:
-    """Names the layer that runs; at the root also gives all ranks the same random state."""
+    """Names the layer that runs; at the root also gives all ranks the same random state, and sees to memory."""
 
-    def __init__(self, ledger: Ledger, name: str) -> None:
-        self.ledger, self.name = ledger, name
+    def __init__(self, ledger: Ledger, name: str, on_cpu: bool) -> None:
+        self.ledger, self.name, self.on_cpu = ledger, name, on_cpu
 
     def __call__(self, module: nn.Module, args: Any) -> None:
         if not any(ledger is self.ledger for ledger, _ in where.stack):
+            if self.ledger.calls == 1 and torch.is_grad_enabled() and self.on_cpu:  # a step has shown what it needs
+                keep_pages()
             forward_seeded.enter(self.ledger)
             if _LEDGER in module.__dict__:
                 _reduce_gradients(module)  # a deep copy of a parallelized module has no reducer yet

@@ -11,14 +11,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 
 from meshwright.parallel.kernels import memory_format
+from meshwright.parallel.small import host, stacked, tensor
 
 HALVES = (torch.bfloat16, torch.float16)
 SLAB = 1 << 15  # elements of a channel
 NEAR = 2.0  # standard deviations from zero to a mean, within which a sum of squares keeps the digits of the variance
+DIGITS = 512.0  # the same times the root of the values that torch's kernel sums one by one, for a mean of five digits
 FAR = 32.0  # the same, beyond which `x * scale + level` loses the digits of the result
 
 
@@ -52,62 +56,63 @@ def _in_lines(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and memory_format(x) is torch.contiguous_format
 
 
-def _is_far(mean: torch.Tensor, variance: torch.Tensor, deviations: float) -> bool:
+def _is_far(moments: Any, deviations: float) -> bool:
     """Whether a mean is further from zero than so many standard deviations."""
+    mean, variance = moments
     return bool((mean * mean > deviations**2 * variance).any())
 
 
-def _mean_square(x: torch.Tensor) -> torch.Tensor:
+def _mean(x: torch.Tensor) -> Any:
+    """By torch's sum, which keeps its digits."""
+    return stacked([host(x.sum([0, *range(2, x.ndim)]))])[0] / (x.numel() // x.shape[1])
+
+
+def _mean_square(x: torch.Tensor) -> Any:
     """Of each channel that lies in one piece: torch's statistics take ten times as long (2²¹ elements in fp32)."""
     lines = x.flatten(2) if x.ndim > 2 else x.unsqueeze(2)
     roots = [torch.linalg.vector_norm(part, dim=2) for part in lines.split(SLAB, dim=2)]
-    return (roots[0] if len(roots) == 1 else torch.cat(roots)).double().square().sum(0) / (x.numel() // x.shape[1])
+    return (stacked([host(root) for root in roots]) ** 2).sum((0, 1)) / (x.numel() // x.shape[1])
 
 
-def _slab_moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance, from those of slabs; in fp32 and fp64 the mean is good for few digits."""
+def _slab_moments(x: torch.Tensor) -> Any:
+    """Mean and biased variance, from those of slabs; the mean is good for few digits where it is far from zero."""
     # wide running statistics make the results wide
     near, spread = (x.new_zeros(x.shape[1], dtype=torch.float32) if x.dtype in HALVES else None for _ in range(2))
     found, counts = [], []
     for slab in _slabs(x):
         part = x[slab]
         part = part.contiguous(memory_format=memory_format(part))
-        found.append(torch.stack(torch.batch_norm_update_stats(part, near, spread, 0.0)).double())
+        found.append(stacked([host(t) for t in torch.batch_norm_update_stats(part, near, spread, 0.0)]))
         counts.append(part.numel() // x.shape[1])
     if len(found) == 1:
-        mean, variance = found[0].unbind()
-        return mean, variance
-    means, variances = torch.stack(found).unbind(1)
-    share = torch.tensor(counts, dtype=torch.float64, device=x.device).view(-1, 1) / sum(counts)
-    mean = (means * share).sum(0)
-    return mean, ((variances + (means - mean) ** 2) * share).sum(0)
+        return found[0]
+    slabs, share = np.stack(found), np.array(counts)[:, None] / sum(counts)
+    mean = (slabs[:, 0] * share).sum(0)
+    return np.stack([mean, ((slabs[:, 1] + (slabs[:, 0] - mean) ** 2) * share).sum(0)])
 
 
-def moments(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of each channel (fp64) of a part that is not empty."""
+def moments(x: torch.Tensor) -> Any:
+    """Mean and biased variance [2, C] of each channel (fp64, see `small.py`), zeros of an empty part."""
+    if not x.numel():
+        return host(x.new_zeros((2, x.shape[1]), dtype=torch.float64))
     if x.dtype in HALVES or x.device.type != "cpu":
         return _slab_moments(x)
-    over = [0, *range(2, x.ndim)]
-    mean = x.sum(over).double() / (x.numel() // x.shape[1])  # torch's sum keeps its digits
     if not _in_lines(x):
-        return mean, _slab_moments(x)[1]
-    variance = _mean_square(x) - mean * mean
-    if _is_far(mean, variance, NEAR):
-        centred = x - mean.to(x.dtype).view(1, -1, *(1 for _ in x.shape[2:]))
-        variance = _mean_square(centred)
-    return mean, variance
+        found = _slab_moments(x)
+        if _is_far(found, DIGITS / math.sqrt(min(SLAB, x.numel() // x.shape[1]))):
+            found[0] = _mean(x)
+        return found
+    mean = _mean(x)
+    found = np.stack([mean, _mean_square(x) - mean * mean])
+    if _is_far(found, NEAR):
+        found[1] = _mean_square(x - tensor(mean, x.dtype).view(1, -1, *(1 for _ in x.shape[2:])))
+    return found
 
 
-def statistics(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """Mean and biased variance (fp64), zeros of an empty part. None in fp32 and fp64 on the CPU where a mean is so far
-    from zero that what is computed of the values themselves loses digits: they are to be centred first."""
-    if not x.numel():
-        mean, variance = x.new_zeros((2, x.shape[1]), dtype=torch.float64).unbind()
-        return mean, variance
-    mean, variance = moments(x)
-    if x.dtype not in HALVES and x.device.type == "cpu" and _is_far(mean, variance, FAR):
-        return None
-    return mean, variance
+def is_centred(x: torch.Tensor, found: Any) -> bool:
+    """Whether what is computed of the values themselves keeps its digits (in fp32 and fp64 on CPUs): their moments say
+    that no mean is very far from zero."""
+    return x.dtype in HALVES or x.device.type != "cpu" or not _is_far(found, FAR)
 
 
 def shifted(x: torch.Tensor, scale: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -117,12 +122,10 @@ def shifted(x: torch.Tensor, scale: torch.Tensor, level: torch.Tensor) -> torch.
     return torch.addcmul(level, x, scale, out=x)
 
 
-def gradient_sums(
-    grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float
-) -> torch.Tensor:
-    """The sums of `grad` and of `grad * (x - mean) / sqrt(variance + eps)`, stacked (fp64)."""
+def gradient_sums(grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, variance: torch.Tensor, eps: float) -> Any:
+    """The sums of `grad` and of `grad * (x - mean) / sqrt(variance + eps)` [2, C] (fp64, see `small.py`)."""
     if not x.numel():
-        return x.new_zeros((2, x.shape[1]), dtype=torch.float64)
+        return host(x.new_zeros((2, x.shape[1]), dtype=torch.float64))
     found = []
     for slab in _slabs(x):
         part, g = x[slab], grad[slab]
@@ -132,8 +135,8 @@ def gradient_sums(
         _, product, total = torch.ops.aten.native_batch_norm_backward(
             g, part, None, mean, variance, None, None, False, eps, [False, True, True]
         )
-        found.append(torch.stack([total, product]).double())
-    return found[0] if len(found) == 1 else torch.stack(found).sum(0)
+        found.append(stacked([host(total), host(product)]))
+    return sum(found)
 
 
 def input_gradient(

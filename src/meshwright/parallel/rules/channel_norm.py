@@ -16,16 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.kernels import memory_format
-from meshwright.parallel.layout import Shares
 from meshwright.parallel.norm_kernels import gradient_sums, input_gradient
-from meshwright.parallel.rules.reduce import merge_moments
 from meshwright.parallel.rules.standardize import differentiable, wide_dtype
+from meshwright.parallel.small import host, stacked, tensor
 
 
 class ChannelNorm(Function):
-    """`(x - mean) / sqrt(var + eps) * weight + bias` on local parts [N, C, *space], of each channel over the `parts`.
+    """`(x - mean) / sqrt(var + eps) * weight + bias` on local parts [N, C, *space].
 
-    `mean` and `var` are the local moments [C] (fp64). Also returns those of all ranks.
+    `moments` [2, C] are mean and variance of all that the ranks along `axes` hold, `count` values a channel.
     """
 
     @staticmethod
@@ -34,48 +33,43 @@ class ChannelNorm(Function):
         x: torch.Tensor,
         weight: torch.Tensor | None,
         bias: torch.Tensor | None,
-        mean: torch.Tensor,
-        var: torch.Tensor,
+        moments: Any,
         count: int,
         eps: float,
         mesh: DeviceMesh,
-        parts: Shares,
+        axes: tuple[int, ...],
         cause: Cause,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, var = merge_moments(mean, var, mesh, parts, cause)
+    ) -> torch.Tensor:
         wide = wide_dtype(x)
-        near, spread = torch.stack([mean, var]).to(wide).unbind()
+        near, spread = tensor(moments, wide).unbind()
         w, b = (None if value is None else value.to(wide) for value in (weight, bias))
-        y = torch.batch_norm(x, w, b, near, spread, False, 0.0, eps, False) if x.numel() else torch.empty_like(x)
-        axes = tuple(axis for axis, _ in parts)
-        ctx.constants = count, eps, mesh, axes, cause
-        ctx.save_for_backward(x, weight, bias, near, spread, mean)
-        ctx.mark_non_differentiable(mean, var)
-        return y, mean, var
+        ctx.constants = moments, count, eps, mesh, axes, cause
+        ctx.save_for_backward(x, weight, bias, near, spread)
+        return torch.batch_norm(x, w, b, near, spread, False, 0.0, eps, False) if x.numel() else torch.empty_like(x)
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor, *_: Any) -> Any:
-        count, eps, mesh, axes, cause = ctx.constants
-        x, weight, bias, near, spread, mean = ctx.saved_tensors
-        asks_x, rest = ctx.needs_input_grad[0], (None,) * 7
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        moments, count, eps, mesh, axes, cause = ctx.constants
+        x, weight, bias, near, spread = ctx.saved_tensors
+        asks_x, rest = ctx.needs_input_grad[0], (None,) * 6
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
             view = (1, -1, *(1 for _ in x.shape[2:]))
             constants = (0, *range(2, x.ndim)), count, eps, mesh, axes, cause
             w = None if weight is None else weight.view(view)
             shape = None if bias is None else tuple(bias.view(view).shape)
-            found = differentiable(x, w, mean.view(view), grad, constants, shape, asks_x)
+            found = differentiable(x, w, tensor(moments[0]).view(view), grad, constants, shape, asks_x)
             return found[0], *(None if d is None else d.flatten() for d in found[1:]), *rest
         grad = grad.contiguous(memory_format=memory_format(x))
         sums = gradient_sums(grad, x, near, spread, eps)
-        d_bias = None if bias is None else sums[0].to(bias.dtype)
-        d_weight = None if weight is None else sums[1].to(weight.dtype)
+        d_bias = None if bias is None else tensor(sums[0]).to(bias.dtype)
+        d_weight = None if weight is None else tensor(sums[1]).to(weight.dtype)
         if not asks_x:
             return None, d_weight, d_bias, *rest
-        first, second = all_reduce(sums, mesh, axes, cause).div_(max(1, count)).unbind()
+        first, second = host(all_reduce(tensor(sums), mesh, axes, cause)) / max(1, count)
         # scale * (g - first - normal * second), normal = (x - mean) * rstd
-        rstd = (spread.double() + eps).rsqrt_()
-        scale = rstd if weight is None else rstd * weight
+        rstd = (moments[1] + eps) ** -0.5
+        scale = rstd if weight is None else rstd * host(weight.detach().to(near.dtype))
         slope = -scale * second * rstd
-        level = -scale * first - slope * near
-        per_channel = torch.stack([scale, slope, level]).to(near.dtype)
+        level = -scale * first - slope * moments[0]
+        per_channel = tensor(stacked([scale, slope, level]), near.dtype)
         return input_gradient(grad, x, *per_channel.unbind()), d_weight, d_bias, *rest

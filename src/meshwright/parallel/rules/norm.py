@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.functions import (
@@ -19,13 +20,15 @@ from meshwright.parallel.functions import (
     placements_of,
 )
 from meshwright.parallel.kernels import memory_format
-from meshwright.parallel.layout import Placements, axis_of, shares, split_axes, splits
+from meshwright.parallel.layout import Placements, Shares, axis_of, shares, split_axes, splits
 from meshwright.parallel.mesh import sizes
-from meshwright.parallel.norm_kernels import is_per_channel, statistics
+from meshwright.parallel.norm_kernels import is_centred, is_per_channel, moments
 from meshwright.parallel.redistribute import from_local, replicate, to_local
 from meshwright.parallel.rules.channel_norm import ChannelNorm
 from meshwright.parallel.rules.pointwise import aligned, cut
+from meshwright.parallel.rules.reduce import merge_moments
 from meshwright.parallel.rules.standardize import Standardize
+from meshwright.parallel.small import host, stacked, tensor
 
 
 def affine(
@@ -45,24 +48,30 @@ def affine(
 
 def _standardize(
     x: Any, weight: Any, bias: Any, view: Sequence[int], dims: Sequence[int], eps: float, cause: Cause
-) -> tuple[Any, torch.Tensor, torch.Tensor]:
+) -> tuple[Any, Any, Any]:
     """Mesh tensor `x` standardised over `dims`; `view` is the shape in which weight and bias broadcast. Also mean and
-    biased variance."""
+    biased variance, fp64 (see `small.py`)."""
     mesh, placements, shape = x._spec.mesh, placements_of(x), tuple(x.shape)
     axes, local = split_axes(placements), to_local(x)
     count, parts = math.prod(shape[dim] for dim in dims), shares(sizes(mesh), placements, shape, tuple(dims))
     even = all(view[dim] == 1 for dim in dims) or weight is bias is None
-    found = None
-    if even and is_per_channel(local, dims):
-        with torch.no_grad():
-            found = statistics(local)
+    found = _channel_moments(local, mesh, parts, cause) if even and is_per_channel(local, dims) else None
     if found is not None:
         w, b = (None if value is None else to_local(replicate(value, cause), axes) for value in (weight, bias))
-        y, mean, var = ChannelNorm.apply(local, w, b, *found, count, eps, mesh, parts, cause)
+        y = ChannelNorm.apply(local, w, b, found, count, eps, mesh, tuple(axis for axis, _ in parts), cause)
+        mean, var = found
     else:
         w, b = (affine(value, view, shape, placements, axes, cause) for value in (weight, bias))
         y, mean, var = Standardize.apply(local, w, b, tuple(dims), even, count, eps, mesh, parts, cause)
+        mean, var = host(mean), host(var)
     return from_local(y, mesh, placements, shape, cause.ledger), mean, var
+
+
+@torch.no_grad()
+def _channel_moments(local: torch.Tensor, mesh: DeviceMesh, parts: Shares, cause: Cause) -> Any:
+    """Those of all ranks, unless this one's values are to be centred first."""
+    found = moments(local)
+    return merge_moments(found, mesh, parts, cause) if is_centred(local, found) else None
 
 
 def _keep_order(y: torch.Tensor) -> torch.Tensor:
@@ -109,15 +118,17 @@ def batch_norm(
     return y
 
 
-def _update(running: Any, value: torch.Tensor, momentum: float) -> None:
+@torch.no_grad()
+def _update(running: Any, value: Any, momentum: float) -> None:
     """The exponential average of one device, on the replicated buffer."""
-    with torch.no_grad():
-        local = running._local_tensor
-        local.lerp_(value.flatten().to(local.dtype), momentum)
-        if running._frozen_view or running.is_inference():
-            running.add_(0)  # a copy goes home
-        else:
-            torch.autograd.graph.increment_version(running)  # as a write to the mesh tensor does
+    local = running._local_tensor
+    held = host(local)
+    held += momentum * (value.reshape(-1) - held)
+    if running._frozen_view or running.is_inference():
+        running.add_(0)  # a copy goes home
+    else:  # as a write to the mesh tensor does
+        for written in (local, running):
+            torch.autograd.graph.increment_version(written)
 
 
 @function(F.instance_norm, torch.instance_norm)
@@ -147,9 +158,9 @@ def instance_norm(
     y, mean, var = _standardize(x, weight, bias, view, dims, eps, cause)
     if running_mean is not None:
         axis = axis_of(placements_of(x), 0)
-        mean, var = (value.view(-1, shape[1]).sum(0) for value in (mean, var))
-        packed = torch.stack([mean, var * (count / (count - 1))])
-        packed = all_reduce(packed, mesh, [] if axis is None else [axis], cause) / shape[0]
+        mean, var = (value.reshape(-1, shape[1]).sum(0) for value in (mean, var))
+        packed = tensor(stacked([mean, var * (count / (count - 1))]))
+        packed = host(all_reduce(packed, mesh, [] if axis is None else [axis], cause)) / shape[0]
         _update(running_mean, packed[0], momentum)
         _update(running_var, packed[1], momentum)
     return y

@@ -17,6 +17,7 @@ from meshwright.parallel.comm import Cause, all_gather_stack, all_reduce
 from meshwright.parallel.layout import Placements, Shares, local_shape, moved, shares, splits
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.operators import cause_of, fallback, operator, placed
+from meshwright.parallel.small import host, tensor
 from meshwright.parallel.tensor import wrap
 
 aten = torch.ops.aten
@@ -166,28 +167,28 @@ def merged_moments(
     else:
         shape = [1 if dim in dims else size for dim, size in enumerate(local.shape)]
         var = mean = wide.new_zeros(shape)
-    return merge_moments(mean.double(), var.double(), mesh, parts, cause)
+    mean, var = (tensor(t) for t in merge_moments(host(torch.stack([mean, var]).double()), mesh, parts, cause))
+    return mean, var
 
 
-def merge_moments(
-    mean: torch.Tensor, var: torch.Tensor, mesh: DeviceMesh, parts: Shares, cause: Cause
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and biased variance of what ranks hold `parts` of, from their own (fp64; zeros of empty parts).
+def merge_moments(moments: Any, mesh: DeviceMesh, parts: Shares, cause: Cause) -> Any:
+    """Mean and biased variance [2, ...] of what ranks hold `parts` of, from their own (fp64; zeros of empty parts).
 
     They are merged stably (Chan, Golub and LeVeque 1979), so inputs with a large offset keep their variance.
     """
     for axis, each in parts:
-        held = all_gather_stack(torch.stack([mean, var]), mesh, axis, cause)
-        share = _column(each, held.ndim, held.device)
-        mean, within = (held * share).sum(0).unbind()
-        var = within + ((held[:, 0] - mean).square_() * share[:, 0]).sum(0)
-    return mean, var
+        held = host(all_gather_stack(tensor(moments), mesh, axis, cause))
+        share = _column(each, held.ndim, moments.device if isinstance(moments, torch.Tensor) else None)
+        moments = (held * share).sum(0)
+        off = held[:, 0] - moments[0]
+        moments[1] += (off * off * share[:, 0]).sum(0)
+    return moments
 
 
 @lru_cache(maxsize=1024)
-def _column(values: tuple[float, ...], ndim: int, device: torch.device) -> torch.Tensor:
+def _column(values: tuple[float, ...], ndim: int, device: torch.device | None) -> Any:
     """Numbers along the first of `ndim` dims."""
-    return torch.tensor(values, dtype=torch.float64, device=device).view(-1, *[1] * (ndim - 1))
+    return host(torch.tensor(values, dtype=torch.float64, device=device).view(-1, *[1] * (ndim - 1)))
 
 
 @operator(aten.var.correction, aten.std.correction, aten.var_mean.correction, aten.std_mean.correction)

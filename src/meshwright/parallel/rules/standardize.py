@@ -18,6 +18,7 @@ from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.layout import Shares
 from meshwright.parallel.norm_kernels import is_per_channel
 from meshwright.parallel.rules.reduce import merge_moments
+from meshwright.parallel.small import host, tensor
 
 
 def wide_dtype(t: torch.Tensor) -> torch.dtype:
@@ -46,8 +47,8 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
     here = math.prod(x.shape[dim] for dim in dims)
     near = x.sum(dims, keepdim=True) / max(1, here)
     centred = x - near
-    if is_per_channel(x, dims) and x.numel():
-        rest, var = (t.view(near.shape) for t in norm_kernels.moments(centred))
+    if is_per_channel(x, dims):
+        rest, var = (tensor(t).view(near.shape) for t in norm_kernels.moments(centred))
         return centred, near, near + rest, var
     rest = centred.sum(dims, keepdim=True).double() / max(1, here)
     var = centred.square().sum(dims, keepdim=True).double() / max(1, here) - rest * rest
@@ -58,7 +59,8 @@ def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]
     """The sums of `g` and of `g * centred` over `dims` (kept), stacked, in fp64."""
     if is_per_channel(g, dims):
         zeros, ones = g.new_zeros(g.shape[1]), g.new_ones(g.shape[1])
-        return norm_kernels.gradient_sums(g, centred, zeros, ones, 0.0).view(2, 1, -1, *(1 for _ in g.shape[2:]))
+        sums = norm_kernels.gradient_sums(g, centred, zeros, ones, 0.0)
+        return tensor(sums).view(2, 1, -1, *(1 for _ in g.shape[2:]))
     return torch.stack([t.sum(dims, keepdim=True).double() for t in (g, g * centred)])
 
 
@@ -85,7 +87,8 @@ class Standardize(Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = wide_dtype(x)
         y, near, mean64, var64 = _centred(x.to(wide), dims)
-        mean64, var64 = merge_moments(mean64, var64, mesh, parts, cause)
+        own = host(torch.stack([mean64, var64]))
+        mean64, var64 = (tensor(t) for t in merge_moments(own, mesh, parts, cause))
         shift, rstd = (mean64 - near).to(wide), (var64 + eps).rsqrt().to(wide)
         if even:
             scale = rstd if weight is None else rstd * weight.to(wide)
