@@ -1,4 +1,4 @@
-"""The two processes of a contender of peers.py: they take orders together, and the first error ends both."""
+"""The processes of a contender of peers.py or spatial_apart.py: they take orders together, the first error ends all."""
 
 from __future__ import annotations
 
@@ -22,13 +22,23 @@ class PeerError(Exception):
 class Pair:
     """The two processes of a contender; `ask` has both do one thing."""
 
-    def __init__(self, name: str, python: str, edge: int, dtype: str, folder: Path, checkout: str, ranks: int = 2):
+    def __init__(
+        self,
+        name: str,
+        python: str,
+        edge: int,
+        dtype: str,
+        folder: Path,
+        checkout: str,
+        ranks: int = 2,
+        script: Path = RANK,
+    ):
         self.ranks: list[subprocess.Popen[bytes]] = []
         settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
         for rank in range(ranks):
             with open(folder / f"{name}-{rank}.log", "w", encoding="utf-8") as log:
                 process = subprocess.Popen(
-                    [python, str(RANK), name, str(edge), dtype, str(rank), str(folder), checkout],
+                    [python, str(script), name, str(edge), dtype, str(rank), str(folder), checkout],
                     bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
                     env=os.environ | settings,
                 )  # fmt: skip

@@ -169,6 +169,12 @@ def _convert(tensor: torch.Tensor, name: str, mesh: DeviceMesh, device: torch.de
         tensor.grad = wrap(grad.detach().to(device), mesh, replicated(mesh))
 
 
+def _runs(ledger: Ledger) -> bool:
+    """Whether a module of this record runs in this thread."""
+    stack = where.stack
+    return bool(stack) and (stack[-1][0] is ledger or any(other is ledger for other, _ in stack))
+
+
 class _Enter:
     """Names the layer that runs; at the root also gives all ranks the same random state, and sees to memory."""
 
@@ -176,7 +182,7 @@ class _Enter:
         self.ledger, self.name, self.on_cpu = ledger, name, on_cpu
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not any(ledger is self.ledger for ledger, _ in where.stack):
+        if not _runs(self.ledger):
             if self.ledger.calls == 1 and torch.is_grad_enabled() and self.on_cpu:  # a step has shown what it needs
                 keep_pages()
             forward_seeded.enter(self.ledger)
@@ -190,7 +196,7 @@ class _Leave:
         if not where.stack:  # the module failed before it entered
             return
         ledger, _ = where.stack.pop()
-        if not any(other is ledger for other, _ in where.stack):
+        if not _runs(ledger):
             forward_seeded.leave(ledger)
 
 

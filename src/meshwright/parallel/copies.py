@@ -16,6 +16,7 @@ import torch
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import layer
 from meshwright.parallel.tensor import is_mesh, wrap
+from meshwright.parallel.tensor import version as counted
 
 Writer = Callable[["Copied", Any], None]
 WRITERS: dict[Any, Writer] = {}  # view operator -> how the copy it made goes home to `base` (a mesh tensor)
@@ -45,7 +46,7 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
 
 def version(t: Any) -> int:
     """The number of writes so far to the memory that `t` views."""
-    return -1 - _inference_writes[0] if t.is_inference() else t._version
+    return -1 - _inference_writes[0] if t.is_inference() else counted(t)
 
 
 class Copied:

@@ -19,7 +19,7 @@ from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.mesh import coordinates, sizes
-from meshwright.parallel.tensor import MeshTensor, fresh, history, is_mesh, wrap
+from meshwright.parallel.tensor import MeshTensor, alike, fresh, history, is_mesh, version, wrap
 from meshwright.plan.geometry import chunk
 
 
@@ -155,10 +155,11 @@ class _ToLocal(Function):
         )
 
 
-def to_local(x: Any, grad_axes: tuple[int, ...] = ()) -> torch.Tensor:
+def to_local(x: Any, grad_axes: tuple[int, ...] = (), *, direct: bool = True) -> torch.Tensor:
     """This rank's part as a plain tensor. Along `grad_axes` ranks compute on different data with a replicated `x`,
-    so there the gradient is a summand (Partial). A Partial `x` is summed first."""
-    part = history(x) if x._is_direct and torch.is_grad_enabled() else None
+    so there the gradient is a summand (Partial). A Partial `x` is summed first. `direct`: it may be the very tensor
+    that `x` was made of."""
+    part = history(x) if direct and x._is_direct and torch.is_grad_enabled() else None
     if part is not None and all(isinstance(x._spec.placements[axis], Shard) for axis in grad_axes):
         return part
     if x._frozen_view:
@@ -182,11 +183,13 @@ class _FromLocal(Function):
         placements: Placements,
         shape: tuple[int, ...],
         ledger: Ledger | None,
+        like: Any = None,
     ) -> MeshTensor:
         ctx.mesh, ctx.placements = mesh, placements
         ctx.cause = Cause(ledger, (layer(), "gradient"))
         ctx.save_for_backward(_mark)
-        return wrap(same(local), mesh, placements, shape, ledger)
+        part = local.detach()  # no view: torch would look for its base when it is written
+        return wrap(part, mesh, placements, shape, ledger) if like is None else alike(part, like[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
@@ -194,8 +197,8 @@ class _FromLocal(Function):
         target = tuple(REPLICATE if isinstance(p, Partial) else p for p in ctx.placements)
         grad = redistribute(_meshed(grad, ctx.mesh), target, ctx.cause)
         if _is_plain_backward() and not grad._frozen_view and not partial_axes(tuple(grad._spec.placements)):
-            return same(grad._local_tensor), None, None, None, None
-        return to_local(grad, partial_axes(ctx.placements)), None, None, None, None
+            return same(grad._local_tensor), *(None,) * 5
+        return to_local(grad, partial_axes(ctx.placements)), *(None,) * 5
 
 
 def from_local(
@@ -206,7 +209,20 @@ def from_local(
     ledger: Ledger | None = None,
 ) -> MeshTensor:
     """A mesh tensor of global `shape` from this rank's part; differentiable."""
-    out = _FromLocal.apply(local, mesh, placements, shape, ledger)
+    return _with_history(_FromLocal.apply(local, mesh, placements, shape, ledger), local, placements)
+
+
+def from_local_alike(local: torch.Tensor, x: Any) -> MeshTensor:
+    """The same where the part belongs in the place of that of `x`: cheaper if it lies as that does."""
+    spec, part = x._spec, x._local_tensor
+    if local.shape != part.shape or local.stride() != part.stride() or local.dtype != part.dtype:
+        return from_local(local, spec.mesh, tuple(spec.placements), tuple(spec.shape), x._ledger)
+    given = spec.mesh, spec.placements, spec.shape, x._ledger
+    return _with_history(_FromLocal.apply(local, *given, [x]), local, spec.placements)  # hidden from autograd in a list
+
+
+def _with_history(out: Any, local: torch.Tensor, placements: Placements) -> MeshTensor:
     if local.grad_fn is not None and torch.is_grad_enabled() and not partial_axes(placements):
-        out._history = local, local._version
-    return out
+        out._history = local, version(out)
+    made: MeshTensor = out
+    return made

@@ -27,6 +27,7 @@ from meshwright.parallel.layout import Placements, global_strides
 
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _dispatch: Callable[..., Any] | None = None
+_DETACH = torch.ops.aten.detach.default
 _specs: dict[tuple[object, ...], DTensorSpec] = {}
 when_leaving(_specs.clear)  # they hold meshes, which hold groups
 
@@ -66,6 +67,8 @@ class MeshOps:
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
+        if func is _DETACH and not args[0]._frozen_view:  # once for every gradient that autograd accumulates
+            return alike(args[0]._local_tensor, args[0])
         assert _dispatch is not None
         return _dispatch(func, args, kwargs or {})
 
@@ -100,13 +103,13 @@ class MeshOps:
         """The whole value on every rank as a plain tensor; differentiable, and collective where it is split."""
         from meshwright.parallel.redistribute import replicate, to_local
 
-        return to_local(replicate(self))
+        return to_local(replicate(self), direct=False)
 
     def to_local(self, *, grad_placements: object = None) -> torch.Tensor:
         """This rank's part as a plain tensor; its gradient is the gradient of that part."""
         from meshwright.parallel.redistribute import to_local
 
-        return to_local(self)
+        return to_local(self, direct=False)  # a tensor of its own, whatever the user does with it
 
     def redistribute(self, device_mesh: Any = None, placements: Any = None, **options: Any) -> Any:
         """The same value, placed otherwise on the same mesh; differentiable."""
@@ -135,6 +138,7 @@ _ASKS_SUBCLASSES = tuple(int(part) for part in torch.__version__.split("+")[0].s
 _Base: Any = DTensor if _ASKS_SUBCLASSES else torch.Tensor
 
 
+_version: Any = torch._C.TensorBase.__dict__["_version"].__get__
 _grad_fn: Any = torch._C.TensorBase.__dict__["grad_fn"].__get__
 
 
@@ -235,10 +239,14 @@ def history(x: Any) -> torch.Tensor | None:
     meet there, also those that come by `x` itself: so there hooks on `x` belong, and what asks for its gradient.
     """
     held = x._history
-    if held is None or held[1] != x._local_tensor._version:
-        return None
-    part: torch.Tensor = held[0]
-    return part
+    return held[0] if held is not None and held[1] == version(x) else None
+
+
+def version(x: Any) -> int:
+    """How often `x`, or what it is a view of, was written: torch's counter, which is the same on all ranks."""
+    with torch._C.DisableTorchFunctionSubclass():
+        count: int = _version(x)
+    return count
 
 
 def fresh(x: Any) -> None:

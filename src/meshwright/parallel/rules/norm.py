@@ -121,9 +121,12 @@ def batch_norm(
 @torch.no_grad()
 def _update(running: Any, value: Any, momentum: float) -> None:
     """The exponential average of one device, on the replicated buffer."""
-    local = running._local_tensor
-    held = host(local)
-    held += momentum * (value.reshape(-1) - held)
+    local, value = running._local_tensor, value.reshape(-1)
+    if local.dtype in (torch.float32, torch.float64):
+        held = host(local)
+        held += momentum * (value - held)
+    else:
+        local.lerp_(tensor(value).to(local.dtype), momentum)
     if running._frozen_view or running.is_inference():
         running.add_(0)  # a copy goes home
     else:  # as a write to the mesh tensor does

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from meshwright.parallel.functions import function
-from meshwright.parallel.redistribute import from_local
+from meshwright.parallel.redistribute import from_local_alike
 from meshwright.parallel.tensor import MeshOps, history, is_mesh
 
 _UNARY = "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid tanh hardtanh"
@@ -52,14 +52,9 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
             return NotImplemented
         if writes or kwargs.get("inplace") or any(value is True for value in args[1:]):
             return _written(func, args[0], parts, kwargs)
-        return _alike(func(*parts, **kwargs), first)
+        return from_local_alike(func(*parts, **kwargs), first)
 
     return rule
-
-
-def _alike(part: torch.Tensor, x: Any) -> Any:
-    spec = x._spec
-    return from_local(part, spec.mesh, tuple(spec.placements), tuple(spec.shape), x._ledger)
 
 
 def _written(func: Callable[..., Any], x: Any, parts: list[Any], kwargs: Any) -> Any:
@@ -71,7 +66,7 @@ def _written(func: Callable[..., Any], x: Any, parts: list[Any], kwargs: Any) ->
         if x._use_count() > 1:
             return NotImplemented
     func(*parts, **kwargs)
-    now = _alike(parts[0], x)
+    now = from_local_alike(parts[0], x)
     torch._C._swap_tensor_impl(x, now)
     x._local_tensor, x._spec, x._history = now._local_tensor, now._spec, now._history
     return x
