@@ -23,15 +23,18 @@ NEVER = 2**31 - 1  # bytes at the end of the heap from which they are given back
 _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
-def keep_pages() -> bool:
-    """Keep freed pages from now on, if that is wanted and there is room; whether it is so.
+def wanted() -> str:
+    """What the user said: `auto`, `keep` or `return`. Raises `ConfigError` for anything else."""
+    value = os.environ.get(VARIABLE, "auto")
+    if value not in ("auto", "keep", "return"):
+        raise ConfigError(f"{VARIABLE}={value!r}: set it to auto, keep or return")
+    return value
 
-    Raises `ConfigError` for another value of the variable.
-    """
-    wanted = os.environ.get(VARIABLE, "auto")
-    if wanted not in ("auto", "keep", "return"):
-        raise ConfigError(f"{VARIABLE}={wanted!r}: auto, keep or return")
-    if wanted == "return" or (wanted == "auto" and (any(name in os.environ for name in _OWN) or not _has_room())):
+
+def keep_pages() -> bool:
+    """Keep freed pages from now on, if that is wanted and there is room; whether it is so."""
+    value = wanted()
+    if value == "return" or (value == "auto" and (any(name in os.environ for name in _OWN) or not _has_room())):
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     return mallopt is not None and bool(mallopt(MMAP_MAX, 0)) and bool(mallopt(TRIM_THRESHOLD, NEVER))

@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard
 
 from meshwright.cluster.agree import assert_same_on_all_ranks
 from meshwright.cluster.pages import keep_pages
+from meshwright.cluster.pages import wanted as wanted_of_pages
 from meshwright.errors import PlanError, UnsupportedError
 from meshwright.parallel import rules as _rules  # noqa: F401  (importing registers the rules)
 from meshwright.parallel.account import Ledger, where
@@ -113,8 +114,9 @@ def parallelize(
         device: where to compute; the default is this rank's device.
         seed: the random streams (dropout, noise) are functions of seed, call and global position.
     Raises `PlanError` (ranks do not match), `MismatchError` (ranks hold different models), `UnsupportedError` (a
-    parameter that cannot be converted).
+    parameter that cannot be converted), `ConfigError` (an unknown value of `MESHWRIGHT_PAGES`).
     """
+    wanted_of_pages()
     if any(is_mesh(t) for t in model.parameters()):
         raise UnsupportedError(f"{type(model).__name__} is parallelized already; build a new module for another plan")
     place = torch.device(device) if device is not None else default_device()

@@ -43,11 +43,11 @@ class _Pad(NamedTuple):
 
     @classmethod
     def of(cls, before: int, after: int, stride: int, size: int, reach: int) -> _Pad:
-        if min(before, after) >= 0 and (size <= reach or max(before, after) >= reach):
+        cut_before, cut_after = min(0, before), min(0, after)
+        if max(before, after) > 0 and (size + cut_before + cut_after <= reach or max(before, after) >= reach):
             # torch's kernels go wrong or crash on volumes that are thinner than a padded kernel (2.13.0, CPU): fp32's
             # weight gradient of [2, 4, 3, 17, 5] with kernel 5 and padding 3, most of them in halves
             return cls(0, before, after, 0)
-        cut_before, cut_after = min(0, before), min(0, after)
         before, after = max(0, before), max(0, after)
         if before >= after:
             return cls(before, cut_before, cut_after, 0)
@@ -138,17 +138,21 @@ def _ordered(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
     )
 
 
-def unreliable(x: Like, kernel: Sequence[int], conv: Conv, outputs: Sequence[int]) -> bool:
+def unreliable(x: Like, weight: Sequence[int], conv: Conv, outputs: Sequence[int]) -> bool:
     """Whether torch's half-precision convolution on CPUs may be wrong or leave memory unwritten (torch 2.13.0).
 
-    Asked for the dtype and device of `x`. Found by drawing shapes (docs/constants.md): where a dim has both stride and
-    dilation, where the last has a stride and one output, and on processors with AMX where it has kernel and stride 4.
-    These are computed in fp32 and rounded, wherever they run.
+    Asked for the dtype and device of `x` and the shape of the weight. Found by drawing shapes (docs/constants.md):
+    where a dim has both stride and dilation, where the last has a stride and one output, and on processors with AMX
+    where it has kernel and stride 4 and in volumes whose depth has a stride, if that is not the stride of all or the
+    filters are odd in number. These are computed in fp32 and rounded, wherever they run.
     """
     if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
         return False
+    filters, *_, width = weight
+    if len(outputs) == 3 and conv.stride[0] > 1 and (len(set(conv.stride)) > 1 or filters % 2):
+        return True
     skips = any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True))
-    return skips or (conv.stride[-1] > 1 and (outputs[-1] == 1 or kernel[-1] == 4 == conv.stride[-1]))
+    return skips or (conv.stride[-1] > 1 and (outputs[-1] == 1 or width == 4 == conv.stride[-1]))
 
 
 def _tamed(
@@ -182,7 +186,7 @@ def _direct(x: Signature, weight: Signature, conv: Conv, pads: Pads, out_sizes: 
     plan = _plan_of(x.shape, weight.shape, conv, pads)
     alike, kernel = [pad.alike for pad in plan], weight.shape[2:]
     per_dim = zip(x.shape[2:], kernel, plan, conv.stride, conv.dilation, out_sizes, strict=True)
-    simple = not (widened(x) or unreliable(x, kernel, conv, out_sizes))
+    simple = not (widened(x) or unreliable(x, weight.shape, conv, out_sizes))
     simple = simple and _tamed(x.shape, weight.shape, conv, pads, out_sizes) == (conv, pads)
     simple = simple and not (_matrix(x) and _is_pointwise(weight, conv, alike))
     for size, k, pad, stride, dilation, out in per_dim:
@@ -227,7 +231,7 @@ def _kernel(
     reaches = (d * (k - 1) + 1 for k, d in zip(weight.shape[2:], conv.dilation, strict=True))
     per_dim = zip(x.shape[2:], reaches, alike, conv.stride, strict=True)
     outputs = [(size + 2 * p - reach) // stride + 1 for size, reach, p, stride in per_dim]
-    if widened(x) or unreliable(x, weight.shape[2:], conv, outputs):
+    if widened(x) or unreliable(x, weight.shape, conv, outputs):
         wide = None if bias is None else bias.float()
         return _kernel(x.float(), weight.float(), wide, conv, alike).to(x.dtype)
     zeros = [0] * len(alike)
@@ -308,7 +312,7 @@ def _kernel_backward(
     alike: Sequence[int],
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    if widened(x) or unreliable(x, weight.shape[2:], conv, grad.shape[2:]):
+    if widened(x) or unreliable(x, weight.shape, conv, grad.shape[2:]):
         out = _kernel_backward(grad.float(), x.float(), weight.float(), conv, alike, mask)
         d_x, d_weight, d_bias = (None if t is None else t.to(x.dtype) for t in out)
         return d_x, d_weight, d_bias

@@ -96,7 +96,7 @@ def conv_transpose(
         made_up = native(one, w, b if exact else None, stride, 0, 0, groups, dilation)
         y = local.new_zeros(local_out) + made_up.flatten().narrow(0, 0, 0).sum()  # the graph that others have
     else:
-        widen = widened(local) or unreliable(local, kernel, Conv(stride, dilation, groups), local.shape[2:])
+        widen = widened(local) or unreliable(local, w.shape, Conv(stride, dilation, groups), local.shape[2:])
         wide: Any = [t.float() if t is not None and widen else t for t in (local, w, b if exact else None)]
         y = native(*wide, stride, local_pad, local_extra, groups, dilation).to(local.dtype)
         y = y.contiguous(memory_format=memory_format(local))  # torch's reference kernel forgets channels_last
