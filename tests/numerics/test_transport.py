@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import select
 import signal
 from pathlib import Path
@@ -203,15 +204,16 @@ def test_sums_overtake_no_other() -> None:
 
 
 def large_slots_are_given_back() -> int:
-    """Bytes of slots that stay after pieces larger than what is kept."""
+    """Bytes of slots that stay after pieces larger than what is kept, though smaller ones need no new slot."""
     group = dist.new_group()
     peer = 1 - dist.get_rank()
+    small = torch.zeros(1)
+    Transfer(group, [(peer, torch.ones(1))], [(peer, small)]).wait()
     for _ in range(3):
         buffer = torch.empty(LARGEST_KEPT_BYTES + 1, dtype=torch.uint8)
         Transfer(group, [(peer, torch.ones_like(buffer))], [(peer, buffer)]).wait()
         assert int(buffer.sum()) == len(buffer)
     dist.barrier()
-    small = torch.zeros(1)
     Transfer(group, [(peer, torch.ones(1))], [(peer, small)]).wait()
     (channel,) = channels(group).values()
     return sum(slot.memory.size for slot in channel._slots)
@@ -237,11 +239,15 @@ def test_another_size_is_an_error() -> None:
 
 
 def a_neighbour_is_killed(folder: str) -> None:
-    """Rank 1 dies while rank 0 waits for its piece; rank 0 notes what it saw."""
+    """Rank 1 dies while rank 0 waits for its piece and a process that it forked lives on; rank 0 notes what it saw."""
     group = dist.new_group()
     channels(group)
     dist.barrier()
     if dist.get_rank() == 1:
+        child = os.fork()
+        if not child:
+            signal.pause()
+        Path(folder, "child").write_text(str(child), encoding="ascii")
         os.kill(os.getpid(), signal.SIGKILL)
     try:
         Transfer(group, [], [(1, torch.empty(8))]).wait()
@@ -253,8 +259,12 @@ def a_neighbour_is_killed(folder: str) -> None:
 def test_a_killed_neighbour_is_noticed_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the end of its pipe, long before the time limit; the job names the rank that was killed."""
     monkeypatch.setenv("MESHWRIGHT_TIMEOUT_S", "300")
-    with pytest.raises(RankError, match="rank 1"):
-        mw.launch(a_neighbour_is_killed, ranks=2, args=(str(tmp_path),))
+    try:
+        with pytest.raises(RankError, match="rank 1"):
+            mw.launch(a_neighbour_is_killed, ranks=2, args=(str(tmp_path),))
+    finally:
+        os.kill(int((tmp_path / "child").read_text(encoding="ascii")), signal.SIGKILL)
+    assert "has ended" in (tmp_path / "seen").read_text(encoding="utf-8")
 
 
 def a_neighbour_is_late() -> None:
@@ -272,8 +282,27 @@ def test_a_late_neighbour_ends_the_wait(monkeypatch: pytest.MonkeyPatch) -> None
         mw.launch(a_neighbour_is_late, ranks=2)
 
 
-def files_after_leaving() -> tuple[int, int]:
+def no_more_files() -> None:
+    """A piece that needs new memory, in a process that may open nothing."""
+    group, peer = dist.new_group(), 1 - dist.get_rank()
+    channels(group)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        Transfer(group, [(peer, torch.ones(8))], [(peer, torch.empty(8))]).wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+
+
+def test_no_more_files_is_said() -> None:
+    """It is not the neighbour that has ended."""
+    with pytest.raises(RankError, match=r"Too many open files.*ulimit -n"):
+        mw.launch(no_more_files, ranks=2)
+
+
+def files_after_leaving(ordered: bool) -> tuple[int, int]:
     """Open files of this process before the first channel, and after all of them have been dropped."""
+    bells.ORDERED = ordered
     before = len(os.listdir("/proc/self/fd"))
     group, peer = dist.new_group(), 1 - dist.get_rank()
     for _ in range(3):
@@ -286,9 +315,10 @@ def files_after_leaving() -> tuple[int, int]:
     return before, len(os.listdir("/proc/self/fd"))
 
 
-def test_no_file_stays_open() -> None:
+@pytest.mark.parametrize("ordered", [True, False])
+def test_no_file_stays_open(ordered: bool) -> None:
     """Pipes and memory go with the channels."""
-    for before, after in mw.launch(files_after_leaving, ranks=2):
+    for before, after in mw.launch(files_after_leaving, ranks=2, args=(ordered and bells.ORDERED,)):
         assert after <= before  # the sockets of the first group are gone, too
 
 

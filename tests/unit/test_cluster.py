@@ -146,3 +146,46 @@ def test_what_is_missing_comes_with_the_way_to_get_it(monkeypatch: pytest.Monkey
     assert found["nibabel"] == "pip install 'meshwright[nifti]'"
     assert found["nilearn"] == "pip install 'meshwright[examples]'"
     assert "chromium" in found["chromium"]
+
+
+CGROUPS = {
+    "version 2, a limit above the own group": (
+        {
+            "/proc/self/cgroup": "0::/job.slice/step.scope\n",
+            "/sys/fs/cgroup/job.slice/step.scope/memory.max": "max\n",
+            "/sys/fs/cgroup/job.slice/memory.max": "3000\n",
+            "/sys/fs/cgroup/job.slice/memory.current": "2500\n",
+            "/sys/fs/cgroup/job.slice/memory.stat": "anon 100\ninactive_file 1500\nactive_file 5\n",
+        },
+        (3000, 2000),
+    ),
+    "version 2 as a container sees it": (
+        {
+            "/proc/self/cgroup": "0::/\n",
+            "/sys/fs/cgroup/memory.max": "4000\n",
+            "/sys/fs/cgroup/memory.current": "3900\n",
+        },
+        (4000, 100),
+    ),
+    "version 1": (
+        {
+            "/proc/self/cgroup": "5:cpu,cpuacct:/x\n4:memory:/slurm/job_1\n",
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes": "9223372036854771712\n",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes": "70\n",
+            "/sys/fs/cgroup/memory/slurm/job_1/memory.limit_in_bytes": "2000\n",
+            "/sys/fs/cgroup/memory/slurm/job_1/memory.usage_in_bytes": "1200\n",
+            "/sys/fs/cgroup/memory/slurm/job_1/memory.stat": "inactive_file 1\ntotal_inactive_file 200\n",
+        },
+        (2000, 1000),
+    ),
+    "none": ({}, (8 * 1024, 6 * 1024)),
+}
+
+
+@pytest.mark.parametrize("name", list(CGROUPS))
+def test_memory_under_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The smallest limit of the control groups around this process, and what is left below each."""
+    files, expected = CGROUPS[name]
+    files = files | {"/proc/meminfo": "MemTotal: 8 kB\nMemAvailable: 6 kB\n"}
+    monkeypatch.setattr(machine, "_read", lambda path: files.get(str(path), ""))
+    assert (machine.memory_bytes(), machine.available_bytes()) == expected

@@ -17,6 +17,17 @@ from meshwright.errors import RankError
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="glibc's malloc")
 
 
+def decided_without_peak() -> bool:
+    """What is decided where the kernel counts no peak."""
+    pages.peak_bytes = lambda: 0
+    return decided({})
+
+
+def test_an_unknown_need_has_no_room() -> None:
+    """Nothing is kept on a guess."""
+    assert mw.launch(decided_without_peak, ranks=1) == [False]
+
+
 def decided(settings: dict[str, str], limited: bool = False, available_bytes: int | None = None) -> bool:
     """What is decided under variables, a limit of the address space, or with so much memory available."""
     for name in (pages.VARIABLE, *pages._OWN):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
@@ -86,24 +87,42 @@ def memory_bytes() -> int | None:
     total = _meminfo_bytes("MemTotal")
     if total is None and hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    limit = _read("/sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit():
-        return int(limit) if total is None else min(total, int(limit))
-    return total
+    return min(
+        (limit for limit in (total, *(limit for limit, _ in _memory_limits())) if limit is not None), default=None
+    )
 
 
 def available_bytes() -> int:
     """Memory that is free, or can be made so, for this process; 0 where the system does not say."""
-    free, limit = _meminfo_bytes("MemAvailable") or 0, _read("/sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit():
-        free = min(free, int(limit) - int(_read("/sys/fs/cgroup/memory.current").strip() or 0))
-    return free
+    return min((_meminfo_bytes("MemAvailable") or 0, *(limit - used for limit, used in _memory_limits())))
 
 
 def peak_bytes() -> int:
     """The most memory that this process has had in use, as the kernel counts it; 0 where it does not."""
     lines = _read("/proc/self/status").splitlines()
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0)
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    """(limit, use without what can be dropped) of each control group that this process is in, as far as they say."""
+    found = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":  # version 2
+            root, names = "/sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            root = "/sys/fs/cgroup/memory"
+            names = "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"
+        else:
+            continue
+        own = PurePosixPath(path)
+        for group in (own, *own.parents):  # a group is bound by those that it lies in
+            there = f"{root}{group}".rstrip("/")
+            limit, used = (_read(f"{there}/{name}").strip() for name in names[:2])
+            if limit.isdigit() and used.isdigit():
+                cached = re.search(rf"^{names[2]} (\d+)$", _read(f"{there}/memory.stat"), re.MULTILINE)
+                found.append((int(limit), int(used) - (int(cached[1]) if cached else 0)))
+    return found
 
 
 def _processor_name(cpuinfo: str) -> str:

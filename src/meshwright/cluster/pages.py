@@ -14,12 +14,12 @@ import resource
 import sys
 
 from meshwright.cluster.machine import available_bytes, peak_bytes
-from meshwright.cluster.place import find_place
+from meshwright.cluster.process_group import ranks_here
 from meshwright.errors import ConfigError
 
 VARIABLE = "MESHWRIGHT_PAGES"
 TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of glibc's mallopt(3)
-NEVER = 2**31 - 1  # bytes at the end of the heap from which they are given back
+NEVER = -1  # bytes at the end of the heap from which they are given back: none
 _OWN = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MAX_", "MALLOC_TOP_PAD_", "GLIBC_TUNABLES")
 
 
@@ -43,4 +43,4 @@ def keep_pages() -> bool:
 def _has_room() -> bool:
     if resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY:
         return False
-    return peak_bytes() * find_place(os.environ).local_ranks <= available_bytes()
+    return 0 < peak_bytes() * ranks_here() <= available_bytes()

@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from meshwright.cluster.limits import RENDEZVOUS_TIMEOUT_S, exchange_timeout_s
 from meshwright.cluster.place import Place, find_place
-from meshwright.errors import PlanError
+from meshwright.errors import ConfigError, PlanError
 
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _forget: list[Callable[[], None]] = []
@@ -49,6 +49,16 @@ def backend_for(local_ranks: int) -> str:
     if torch.cuda.is_available() and torch.cuda.device_count() >= local_ranks and dist.is_nccl_available():
         return "cpu:gloo,cuda:nccl"
     return "gloo"
+
+
+def ranks_here() -> int:
+    """How many ranks of the job this host runs; all of them where whoever joined has not said."""
+    try:
+        place = find_place(os.environ)
+    except ConfigError:  # left over from another job
+        place = None
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    return place.local_ranks if place is not None and place.ranks == ranks else ranks
 
 
 def store_client(address: str, port: int, timeout_s: float) -> dist.TCPStore:

@@ -16,13 +16,13 @@ import platform
 import threading
 from contextlib import suppress
 
-MOST_UNREAD = 16  # pieces that may lie unread: each is memory and an open file
+MOST_UNREAD = 16  # pieces that may lie unread: each is memory and three open files
 SPINS = 2000  # looks at a counter before sleeping, some 100 µs: waking up takes as long
 PAGE_BYTES = 4096
-ORDERED = platform.machine().lower() in ("x86_64", "amd64", "i686")
+ORDERED = platform.machine().lower() in ("x86_64", "amd64")
 _SENT, _TAKEN, _ASLEEP, _PLACES = range(4)
 _WORDS = 4  # of a place: slot, file, size of the slot, bytes of the piece
-_fence = threading.Lock()  # taking it is a full barrier: a mark to be seen before a counter is read again
+_lock = threading.Lock()
 
 
 def new_page() -> int:
@@ -30,6 +30,15 @@ def new_page() -> int:
     file = os.memfd_create("meshwright")
     os.ftruncate(file, PAGE_BYTES)
     return file
+
+
+def fence() -> None:
+    """What this process has written is seen before it reads again: a mark before a counter, a counter before a mark.
+
+    Taking a lock is a full barrier.
+    """
+    with _lock:
+        pass
 
 
 class Bell:
@@ -81,11 +90,8 @@ class Bell:
         return any(theirs[word] > least for _ in self._spins)
 
     def sleeps(self, mark: bool) -> None:
-        """Say that only the bell can wake this process, or that it is awake."""
+        """Say that only the bell can wake this process, or that it is awake. Look at the counters after a `fence`."""
         self._mine[_ASLEEP] = mark
-        if mark:
-            with _fence:
-                pass
 
     def listen(self) -> None:
         """Take in what the bell has said."""
@@ -102,11 +108,11 @@ class Bell:
         self.bell_out = -1
 
     def close(self) -> None:
-        """Hang up, and hear nothing more."""
+        """Hang up, and hear nothing more; to this process the neighbour has ended."""
         self.hang_up()
         if self.bell_in >= 0:
             os.close(self.bell_in)
-        self.bell_in = -1
+        self.bell_in, self.has_ended = -1, True
 
     def _count(self, kind: bytes) -> int:
         if not self.has_ended:
@@ -114,8 +120,7 @@ class Bell:
         return self._heard[kind]
 
     def _ring(self, kind: bytes) -> None:
-        with _fence:
-            pass
-        if self._theirs[_ASLEEP] or not ORDERED:
+        fence()
+        if self.bell_out >= 0 and (self._theirs[_ASLEEP] or not ORDERED):
             with suppress(BlockingIOError):  # nobody has listened for long: there is enough to wake up by
                 os.write(self.bell_out, kind)

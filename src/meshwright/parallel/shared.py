@@ -8,6 +8,7 @@ host can open it, and the end of a rank closes its pipes, which its neighbours s
 
 from __future__ import annotations
 
+import errno
 import mmap
 import os
 import select
@@ -21,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from meshwright.parallel.bells import MOST_UNREAD, Bell
+from meshwright.parallel.bells import MOST_UNREAD, Bell, fence
 
 SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
 LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
@@ -116,17 +117,14 @@ class Channel:
         _waiting().add(self)
         self._expected.append(_Expected(buffers, addends, fold, late))
 
-    def finish(self, limit_s: float) -> None:
-        """Hang up: a neighbour that waits for a piece sees it at once. Then wait for a slower one to read what was
-        sent, for the memory goes with this process."""
-        self.bell.hang_up()
-        end_s = time.monotonic() + limit_s
+    def finish(self, end_s: float) -> None:
+        """Wait for a slower neighbour to read what was sent, for the memory goes with this process."""
         while self.bell.unread and not self.bell.has_ended and time.monotonic() < end_s:
             _sleep({self}, lambda: not self.bell.unread, end_s)
 
     def __del__(self) -> None:
+        taken = self.bell.sent - self.bell.unread  # before the bell is closed: counts may come by it
         self.bell.close()
-        taken = self.bell.sent - self.bell.unread
         for slot in self._slots:
             if slot.piece < taken:  # a slower neighbour may still open the others
                 os.close(slot.file)
@@ -191,7 +189,9 @@ class Channel:
         try:
             opened = os.open(f"/proc/{self.bell.pid}/fd/{file}", os.O_RDWR)
         except OSError as error:
-            raise RuntimeError(f"connection closed by peer: process {self.bell.pid} has ended ({error})") from error
+            if error.errno in (errno.ENOENT, errno.ESRCH):
+                raise RuntimeError(f"Connection closed by peer: process {self.bell.pid} has ended ({error})") from error
+            raise _cannot_open(error) from error
         try:
             return _Memory(opened, size)
         finally:
@@ -200,19 +200,30 @@ class Channel:
     def _free_slot(self, nbytes: int) -> _Slot:
         taken = self.bell.sent - self.bell.unread
         free = [slot for slot in self._slots if slot.piece < taken]
-        fits = [slot for slot in free if nbytes <= slot.memory.size <= LARGEST_KEPT_BYTES]
-        if fits:
-            return min(fits, key=lambda slot: slot.memory.size)
         for slot in free:
             if slot.memory.size > LARGEST_KEPT_BYTES:
                 self._slots.remove(slot)
                 os.close(slot.file)
+        fits = [slot for slot in free if nbytes <= slot.memory.size <= LARGEST_KEPT_BYTES]
+        if fits:
+            return min(fits, key=lambda slot: slot.memory.size)
         size = max(SMALLEST_SLOT_BYTES, 1 << (nbytes - 1).bit_length())  # only pages that are written take memory
-        file = os.memfd_create("meshwright")
-        os.ftruncate(file, size)
-        self._slots.append(_Slot(self._made, file, _Memory(file, size)))
+        try:
+            file = os.memfd_create("meshwright")
+            os.ftruncate(file, size)
+            self._slots.append(_Slot(self._made, file, _Memory(file, size)))
+        except OSError as error:
+            raise _cannot_open(error) from error
         self._made += 1
         return self._slots[-1]
+
+
+def _cannot_open(error: OSError) -> RuntimeError:
+    """This process may have no more files, or memory."""
+    return RuntimeError(
+        f"no shared memory for an exchange: {error}. Raise the limit of open files (ulimit -n), or set "
+        "MESHWRIGHT_TRANSPORT=messages"
+    )
 
 
 _used = threading.local()
@@ -243,10 +254,10 @@ def _await(channel: Channel, for_room: bool, limit_s: Callable[[], float]) -> bo
     me, end_s = threading.get_ident(), time.monotonic() + limit_s()
     while not is_here():
         if channel.bell.has_ended:
-            raise RuntimeError(f"connection closed by peer: process {channel.bell.pid} has ended")
+            raise RuntimeError(f"Connection closed by peer: process {channel.bell.pid} has ended")
         if time.monotonic() >= end_s:
             return False
-        known = [c for c in _waiting() if c.is_open and c._thread == me and c.bell.bell_in >= 0]
+        known = [c for c in _waiting() if c.is_open and c._thread == me]
         others = [c for c in known if for_room or c is not channel]
         _sleep({channel, *others}, lambda: is_here() or any(c.has_piece for c in others), end_s)  # noqa: B023
         for other in others:
@@ -259,6 +270,7 @@ def _sleep(channels: Iterable[Channel], is_over: Callable[[], bool], end_s: floa
     bells = [channel.bell for channel in channels if not channel.bell.has_ended]
     for bell in bells:
         bell.sleeps(True)
+    fence()
     if not is_over():
         poll = select.poll()
         for bell in bells:

@@ -5,8 +5,10 @@ of the backend (gloo, NCCL). `MESHWRIGHT_TRANSPORT=messages` turns shared memory
 from __future__ import annotations
 
 import os
+import time
 import zlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from functools import lru_cache
 from pathlib import Path
 from weakref import WeakSet
@@ -15,15 +17,14 @@ import torch
 import torch.distributed as dist
 
 from meshwright.cluster.limits import exchange_timeout_s
-from meshwright.cluster.process_group import when_leaving
+from meshwright.cluster.machine import usable_cores
+from meshwright.cluster.process_group import ranks_here, when_leaving
 from meshwright.errors import ConfigError
 from meshwright.parallel.bells import ORDERED, SPINS, Bell, new_page
 from meshwright.parallel.shared import Channel
 
 VARIABLE = "MESHWRIGHT_TRANSPORT"
-MOST_NEIGHBOURS = (
-    15  # a rank with more of them in a group takes messages: each costs two open files a lane, and its slots
-)
+MOST_NEIGHBOURS = 15  # a rank with more in a group takes messages: each costs four open files a lane, and its slots
 LEAVE_S = 5.0  # a rank that is done waits so long for slower ones to read its last pieces
 _living: WeakSet[Channel] = WeakSet()
 
@@ -75,7 +76,8 @@ def _channels(group: dist.ProcessGroup, lane: int) -> dict[int, Channel]:
         if _is_wanted():
             for peer in range(ranks):
                 if peer != me:
-                    ours[peer] = [*os.pipe(), new_page()]
+                    ours[peer] = [*os.pipe()]
+                    ours[peer].append(new_page())
                     mine[2 + 2 * peer], mine[3 + 2 * peer] = ours[peer][1:]
             mine[0], mine[1] = _here(), os.getpid()
     except OSError:  # no /proc, or no more files: the others hear of it
@@ -84,39 +86,66 @@ def _channels(group: dist.ProcessGroup, lane: int) -> dict[int, Channel]:
     dist.all_gather(everyone, mine, group=group)
     try:
         if all(int(other[0]) == int(mine[0]) != 0 for other in everyone):
+            spins = _spins([int(other[1]) for other in everyone])
             for peer, (bell_in, _, page) in ours.items():
                 pid, bell, theirs = (int(everyone[peer][i]) for i in (1, 2 + 2 * me, 3 + 2 * me))
-                bell_out = os.open(f"/proc/{pid}/fd/{bell}", os.O_WRONLY | os.O_NONBLOCK)
-                opened = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR)
-                found[peer] = Channel(Bell(pid, page, opened, bell_in, bell_out, _spins()))
-                os.close(opened)
+                found[peer] = Channel(_answered(pid, bell, theirs, bell_in, page, spins))
                 owners.add(peer)
                 _living.add(found[peer])
     except OSError:
         found = {}
     agreed = torch.tensor([len(found)])
     dist.all_reduce(agreed, dist.ReduceOp.MIN, group=group)
-    for peer, (bell_in, bell, page) in ours.items():
-        os.close(page)
-        os.close(bell)  # the other rank's end is the only one now: when it ends, this rank sees it
+    for peer, (bell_in, *given) in ours.items():
+        for file in given:  # of the bell the other rank's end is the only one now: when it ends, this rank sees it
+            os.close(file)
         if peer not in owners:  # a channel closes its own
             os.close(bell_in)
     return found if int(agreed) else {}
 
 
-def _spins() -> int:
-    """Where ranks share cores, whoever waits is to let others work."""
-    return SPINS if ORDERED and dist.get_world_size() <= len(os.sched_getaffinity(0)) else 0
+def _answered(pid: int, bell: int, theirs: int, bell_in: int, page: int, spins: int) -> Bell:
+    """The bell of a neighbour whose files are `bell` and `theirs`. Raises OSError where it has ended."""
+    with ExitStack() as undo:
+        bell_out = os.open(f"/proc/{pid}/fd/{bell}", os.O_WRONLY | os.O_NONBLOCK)
+        undo.callback(os.close, bell_out)
+        opened = os.open(f"/proc/{pid}/fd/{theirs}", os.O_RDWR)
+        try:
+            made = Bell(pid, page, opened, bell_in, bell_out, spins)
+        finally:
+            os.close(opened)
+        undo.pop_all()
+    return made
+
+
+def _spins(processes: Sequence[int]) -> int:
+    """Where ranks share cores, whoever waits is to let others work. Each may have been given cores of its own."""
+    cores = [os.sched_getaffinity(process) for process in processes]
+    alone = len(set().union(*cores)) == sum(len(each) for each in cores)
+    return SPINS if ORDERED and (alone or ranks_here() <= usable_cores()) else 0
 
 
 def _leave() -> None:
+    for channel in _living:
+        channel.bell.hang_up()  # a neighbour that waits for a piece sees it at once
+    end_s = time.monotonic() + LEAVE_S
     for channel in list(_living):
-        channel.finish(LEAVE_S)
+        channel.finish(end_s)
     _channels.cache_clear()  # they are kept by group
     place_in.cache_clear()
 
 
 when_leaving(_leave)
+
+
+def _in_child() -> None:
+    """A process that a rank forks (a worker that reads data) keeps no line open: else neighbours did not see the
+    rank end before the worker has."""
+    for channel in list(_living):
+        channel.bell.close()
+
+
+os.register_at_fork(after_in_child=_in_child)
 
 
 class Transfer:
