@@ -7,6 +7,7 @@ import scenarios_corners as corners
 import scenarios_flow as flow
 import scenarios_history as history
 import scenarios_use as use
+import scenarios_writes as writes
 from scenario_kit import Scenario
 
 SCENARIOS = [
@@ -63,5 +64,15 @@ SCENARIOS = [
     Scenario("asked_for_between_rules", history.asked_for),
     Scenario("other_ways_between_rules", history.other_ways),
     Scenario("left_between_rules", history.left),
+    Scenario("flags_between_rules", writes.flags),
+    Scenario("unrecorded_between_rules", writes.unrecorded),
+    Scenario("copied_between_rules", writes.copied),
+    Scenario("counted_between_rules", writes.counted),
+    Scenario("overwritten_between_rules", writes.overwritten),
+    Scenario("replaced_between_rules", writes.replaced),
+    Scenario("kept_last_between_rules", writes.kept_last),
+    Scenario("edges_between_rules", writes.edges),
+    Scenario("recomputed_between_rules", writes.recomputed),
+    Scenario("taken_twice_between_rules", writes.taken_twice),
     Scenario("mixed_losses", backward.mixed_losses),
 ]

@@ -44,7 +44,7 @@ class Chain(nn.Module):
 Watch = Callable[[dict[str, Tensor]], tuple[Callable[[str, Tensor], Any], Callable[[Tensor], None]]]
 
 
-def _both(plan: mw.Plan, watch: Watch) -> Errors:
+def both(plan: mw.Plan, watch: Watch) -> Errors:
     """Module and device: `watch` gets a dict to note tensors in, and returns `at` and what runs on the loss."""
     found = []
     for split in (True, False):
@@ -76,7 +76,7 @@ def hooks(plan: mw.Plan) -> Errors:
 
         return at, lambda loss: loss.backward()
 
-    return _both(plan, watch)
+    return both(plan, watch)
 
 
 def retained(plan: mw.Plan) -> Errors:
@@ -101,7 +101,7 @@ def retained(plan: mw.Plan) -> Errors:
 
         return at, finish
 
-    return _both(plan, watch)
+    return both(plan, watch)
 
 
 def asked_for(plan: mw.Plan) -> Errors:
@@ -121,7 +121,7 @@ def asked_for(plan: mw.Plan) -> Errors:
 
         return held.__setitem__, finish
 
-    return _both(plan, watch)
+    return both(plan, watch)
 
 
 class _Cube(torch.autograd.Function):
@@ -168,7 +168,7 @@ def other_ways(plan: mw.Plan) -> Errors:
 
         return at, finish
 
-    return _both(plan, watch)
+    return both(plan, watch)
 
 
 def left(plan: mw.Plan) -> Errors:
@@ -181,4 +181,4 @@ def left(plan: mw.Plan) -> Errors:
 
         return at, lambda loss: loss.backward()
 
-    return _both(plan, watch)
+    return both(plan, watch)

@@ -21,7 +21,7 @@ from meshwright.parallel.layout import REPLICATE, Placements, local_shape, repli
 from meshwright.parallel.mesh import default_device, mesh_of
 from meshwright.parallel.randomness import forward_seeded
 from meshwright.parallel.redistribute import from_local as _from_local
-from meshwright.parallel.redistribute import redistribute
+from meshwright.parallel.redistribute import redistribute, same
 from meshwright.parallel.rules.pointwise import cut
 from meshwright.parallel.rules.sync_norm import adopt
 from meshwright.parallel.tensor import MeshParameter, MeshTensor, is_mesh, spec_of, wrap
@@ -91,7 +91,7 @@ def from_local(part: torch.Tensor, plan: Plan, shape: Any, layout: str | None = 
             f"not {tuple(part.shape)}; mw.interval(shape, plan, rank) gives the slices"
         )
     if part.requires_grad:
-        return _from_local(part, mesh, placements, shape)
+        return _from_local(same(part), mesh, placements, shape)  # `part` stays the caller's, with its hooks
     return wrap(part, mesh, placements, shape)
 
 
@@ -173,8 +173,7 @@ def _convert(tensor: torch.Tensor, name: str, mesh: DeviceMesh, device: torch.de
 
 def _runs(ledger: Ledger) -> bool:
     """Whether a module of this record runs in this thread."""
-    stack = where.stack
-    return bool(stack) and (stack[-1][0] is ledger or any(other is ledger for other, _ in stack))
+    return any(other is ledger for other, _ in where.stack)
 
 
 class _Enter:

@@ -15,8 +15,7 @@ import torch
 
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import layer
-from meshwright.parallel.tensor import is_mesh, wrap
-from meshwright.parallel.tensor import version as counted
+from meshwright.parallel.tensor import is_mesh, version, wrap
 
 Writer = Callable[["Copied", Any], None]
 WRITERS: dict[Any, Writer] = {}  # view operator -> how the copy it made goes home to `base` (a mesh tensor)
@@ -44,9 +43,9 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     raise AssertionError("no rules yet")
 
 
-def version(t: Any) -> int:
+def writes_of(t: Any) -> int:
     """The number of writes so far to the memory that `t` views."""
-    return -1 - _inference_writes[0] if t.is_inference() else counted(t)
+    return -1 - _inference_writes[0] if t.is_inference() else version(t)
 
 
 class Copied:
@@ -59,7 +58,7 @@ class Copied:
         self._out = out._spec
         self.local: torch.Tensor = out._local_tensor
         self.func, self.args, self.kwargs, self.pick = func, args, kwargs, pick
-        self.seen = version(base)
+        self.seen = writes_of(base)
 
     def base(self) -> Any:
         """The base under a handle without history."""
@@ -72,7 +71,7 @@ class Copied:
 
     def refresh(self, t: Any) -> None:
         """Fetch anew if anything was written since; collective. `t` is the copy or a view of it."""
-        now = version(t)
+        now = writes_of(t)
         if self.seen != now:
             self._again(now)
 
@@ -126,6 +125,10 @@ def written(t: Any, changes_shape: bool) -> None:
         _inference_writes[0] += 1
     else:  # the rules write below autograd, which then cannot see it
         torch.autograd.graph.increment_version(t._local_tensor)
+        with torch._C.DisableTorchFunctionSubclass():
+            base = t._base
+        if base is not None:  # the part of a view was cut out below autograd, too: it counts for itself
+            torch.autograd.graph.increment_version(base._local_tensor)
     if t._frozen_view and t._source is not None and not changes_shape:
         # torch counts a write after it is done
-        t._source.write(version(t) + (0 if t.is_inference() else 1))
+        t._source.write(writes_of(t) + (0 if t.is_inference() else 1))

@@ -19,7 +19,7 @@ from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.mesh import coordinates, sizes
-from meshwright.parallel.tensor import MeshTensor, alike, fresh, history, is_mesh, version, wrap
+from meshwright.parallel.tensor import MeshTensor, alike, fresh, history, is_mesh, node_of, wrap
 from meshwright.plan.geometry import chunk
 
 
@@ -159,7 +159,7 @@ def to_local(x: Any, grad_axes: tuple[int, ...] = (), *, direct: bool = True) ->
     """This rank's part as a plain tensor. Along `grad_axes` ranks compute on different data with a replicated `x`,
     so there the gradient is a summand (Partial). A Partial `x` is summed first. `direct`: it may be the very tensor
     that `x` was made of."""
-    part = history(x) if direct and x._is_direct and torch.is_grad_enabled() else None
+    part = history(x) if direct and torch.is_grad_enabled() else None
     if part is not None and all(isinstance(x._spec.placements[axis], Shard) for axis in grad_axes):
         return part
     if x._frozen_view:
@@ -188,6 +188,10 @@ class _FromLocal(Function):
         ctx.mesh, ctx.placements = mesh, placements
         ctx.cause = Cause(ledger, (layer(), "gradient"))
         ctx.save_for_backward(_mark)
+        if like is not None and local is like[1]:  # written in place: whoever shares memory with `x` is to see it
+            with torch._C.DisableTorchFunctionSubclass():
+                now: MeshTensor = like[0].detach()
+            return now
         part = local.detach()  # no view: torch would look for its base when it is written
         return wrap(part, mesh, placements, shape, ledger) if like is None else alike(part, like[0])
 
@@ -218,11 +222,28 @@ def from_local_alike(local: torch.Tensor, x: Any) -> MeshTensor:
     if local.shape != part.shape or local.stride() != part.stride() or local.dtype != part.dtype:
         return from_local(local, spec.mesh, tuple(spec.placements), tuple(spec.shape), x._ledger)
     given = spec.mesh, spec.placements, spec.shape, x._ledger
-    return _with_history(_FromLocal.apply(local, *given, [x]), local, spec.placements)  # hidden from autograd in a list
+    return _with_history(
+        _FromLocal.apply(local, *given, [x, None]), local, spec.placements
+    )  # a list hides from autograd
+
+
+def from_written(part: torch.Tensor, x: Any) -> MeshTensor:
+    """What `x` is now that `part`, its history, was written in place: of the same memory, and the same counter."""
+    spec = x._spec
+    out = _FromLocal.apply(part, spec.mesh, spec.placements, spec.shape, x._ledger, [x, part])
+    torch.autograd.graph.increment_version(out)
+    part.__dict__.pop(_HELD)
+    return _with_history(out, part, spec.placements)
+
+
+_HELD = "_meshwright_held"  # an attribute of parts that are the history of a mesh tensor
 
 
 def _with_history(out: Any, local: torch.Tensor, placements: Placements) -> MeshTensor:
-    if local.grad_fn is not None and torch.is_grad_enabled() and not partial_axes(placements):
-        out._history = local, version(out)
+    """The gradients of two mesh tensors must not meet on one part: only the first has it for its history."""
+    is_alone = local.grad_fn is not None and torch.is_grad_enabled() and _HELD not in local.__dict__
+    if is_alone and not partial_axes(placements):
+        local.__dict__[_HELD] = True
+        out._history = local, node_of(out)
     made: MeshTensor = out
     return made

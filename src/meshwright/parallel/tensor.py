@@ -28,6 +28,7 @@ from meshwright.parallel.layout import Placements, global_strides
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _dispatch: Callable[..., Any] | None = None
 _DETACH = torch.ops.aten.detach.default
+EDGE = "meshwright"  # in the metadata of a node, with the number of an output: the mesh tensor around it
 _specs: dict[tuple[object, ...], DTensorSpec] = {}
 when_leaving(_specs.clear)  # they hold meshes, which hold groups
 
@@ -45,8 +46,7 @@ class MeshOps:
     _spec: DTensorSpec
     _frozen_view: bool = False  # a copy that one device would hold as a view
     _source: Any = None  # of such a copy: where it comes from (see copies.py)
-    _history: tuple[torch.Tensor, int] | None = None  # see `history`
-    _is_direct: bool = True  # whether rules may go on from the history itself
+    _history: tuple[torch.Tensor, Any] | None = None  # see `history`
 
     @classmethod
     def __torch_function__(
@@ -138,8 +138,8 @@ _ASKS_SUBCLASSES = tuple(int(part) for part in torch.__version__.split("+")[0].s
 _Base: Any = DTensor if _ASKS_SUBCLASSES else torch.Tensor
 
 
-_version: Any = torch._C.TensorBase.__dict__["_version"].__get__
-_grad_fn: Any = torch._C.TensorBase.__dict__["grad_fn"].__get__
+_version, _grad_fn, _output_nr = (torch._C.TensorBase.__dict__[n].__get__ for n in ("_version", "grad_fn", "output_nr"))
+_grad = torch._C.TensorBase.__dict__["grad"]
 
 
 class MeshTensor(MeshOps, _Base):
@@ -149,10 +149,44 @@ class MeshTensor(MeshOps, _Base):
 
     @property
     def grad_fn(self) -> Any:
-        """The node of the graph that made this tensor. Rules that follow lead to it, for it may get a hook."""
-        self._is_direct = False
+        """The node of the graph that made this tensor: of its part, where all of its gradient passes, if it has one."""
+        part = history(self)
         with torch._C.DisableTorchFunctionSubclass():
-            return _grad_fn(self)
+            if part is None:
+                return _grad_fn(self)
+            node: Any = part.grad_fn
+        node.metadata[EDGE, part.output_nr] = self._spec, self._ledger
+        return node
+
+    @property
+    def output_nr(self) -> int:
+        """Which of the outputs of `grad_fn` this is."""
+        part = history(self)
+        with torch._C.DisableTorchFunctionSubclass():
+            count: int = _output_nr(self) if part is None else part.output_nr
+        return count
+
+    @property
+    def grad(self) -> Any:
+        """The gradient, if this is a leaf or retains it."""
+        part = history(self)
+        with torch._C.DisableTorchFunctionSubclass():
+            found = _grad.__get__(self) if part is None else part.grad
+        return found if part is None or found is None else as_gradient(found, self._spec, self._ledger)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        from meshwright.parallel.functions import as_mesh
+        from meshwright.parallel.redistribute import redistribute
+
+        part = history(self)
+        if part is not None and value is not None:
+            value = redistribute(as_mesh(value, self._spec.mesh), tuple(self._spec.placements))._local_tensor
+        with torch._C.DisableTorchFunctionSubclass():
+            if part is None:
+                _grad.__set__(self, value)
+            else:
+                part.grad = value
 
     # torch would swap parameters by `swap_tensors` where values answer to flattening; ours follow through `.data`
     __tensor_flatten__ = property(_no_flattening)
@@ -233,13 +267,29 @@ def alike(local: torch.Tensor, other: Any) -> MeshTensor:
 
 
 def history(x: Any) -> torch.Tensor | None:
-    """The plain part from which `from_local` made `x`, with the graph behind it, unless `x` was written since.
+    """The plain part from which `from_local` made `x`, with the graph behind it, unless the graph of `x` went on since.
 
-    A rule that goes on from it leaves the nodes between part and mesh tensor out, forward and backward. All gradients
+    A rule that goes on from it leaves the node between part and mesh tensor out, forward and backward. All gradients
     meet there, also those that come by `x` itself: so there hooks on `x` belong, and what asks for its gradient.
     """
     held = x._history
-    return held[0] if held is not None and held[1] == version(x) else None
+    if held is None:
+        return None
+    return held[0] if node_of(x) is held[1] else None
+
+
+def node_of(x: Any) -> Any:
+    """The node that made the mesh tensor itself."""
+    with torch._C.DisableTorchFunctionSubclass():
+        return _grad_fn(x)
+
+
+def as_gradient(part: torch.Tensor, spec: DTensorSpec, ledger: Ledger | None) -> Any:
+    """The gradient of a part, as that of the mesh tensor around it."""
+    from meshwright.parallel.redistribute import from_local
+
+    place = spec.mesh, tuple(spec.placements), tuple(spec.shape), ledger
+    return from_local(part, *place) if part.requires_grad else wrap(part, *place)
 
 
 def version(x: Any) -> int:

@@ -7,16 +7,15 @@ does not route, and the switch stays on.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright.parallel.functions import as_mesh, function
 from meshwright.parallel.redistribute import from_local, redistribute, same, to_local
-from meshwright.parallel.tensor import history, is_mesh, wrap
+from meshwright.parallel.tensor import EDGE, as_gradient, history, is_mesh, node_of, wrap
 
 
 def _tuple(values: Any) -> tuple[Any, ...]:
@@ -25,7 +24,7 @@ def _tuple(values: Any) -> tuple[Any, ...]:
         return ()
     if isinstance(values, Mapping):
         return tuple(values.values())
-    single = isinstance(values, torch.Tensor | torch.autograd.graph.GradientEdge)
+    single = isinstance(values, torch.Tensor | GradientEdge)
     return (values,) if single or not isinstance(values, Iterable) else tuple(values)
 
 
@@ -36,15 +35,24 @@ def _edge(value: Any) -> Any:
 
 
 def _edges(values: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(get_gradient_edge(v) if isinstance(v, torch.Tensor) else v for v in values)
+    """Where backward starts: at the mesh tensors themselves, for so are the gradients it starts from."""
+    return tuple(
+        GradientEdge(node_of(v), 0)
+        if is_mesh(v) and history(v) is not None
+        else (get_gradient_edge(v) if isinstance(v, torch.Tensor) else v)
+        for v in values
+    )
 
 
-def _meshed(grad: Any, of: Any) -> Any:
-    """The gradient of a part as that of its mesh tensor."""
-    if grad is None or is_mesh(grad) or not is_mesh(of):
-        return grad
-    place = of._spec.mesh, tuple(of._spec.placements), tuple(of._spec.shape), of._ledger
-    return from_local(grad, *place) if grad.requires_grad else wrap(grad, *place)
+def _gradient(found: Any, of: Any) -> Any:
+    """The gradient of what was asked for: of a part, as that of its mesh tensor."""
+    if found is None or is_mesh(found):
+        return found
+    place = (of._spec, of._ledger) if is_mesh(of) else None
+    if isinstance(of, GradientEdge):
+        known: Any = of.node.metadata
+        place = known.get((EDGE, of.output_nr))
+    return found if place is None else as_gradient(found, *place)
 
 
 def _start(outputs: tuple[Any, ...], grads: Any) -> tuple[Any, ...]:
@@ -114,7 +122,7 @@ def grad(
         create_graph,
         allow_unused=True if materialize_grads else allow_unused,
     )
-    found = tuple(_meshed(g, x) for g, x in zip(found, wanted, strict=True))
+    found = tuple(_gradient(g, x) for g, x in zip(found, wanted, strict=True))
     if not materialize_grads:
         return found
     return tuple(
@@ -159,27 +167,8 @@ def register_hook(self: Any, hook: Any) -> Any:
 
 @function(torch.Tensor.retain_grad)
 def retain_grad(self: Any) -> Any:
-    """`.grad` of such a tensor: what comes by the tensor itself torch keeps, the rest is added on the part."""
+    """`.grad` is that of the part then. The tensor keeps its own, too, for when its graph goes on (by a write)."""
     part = history(self)
-    if part is None:
-        return NotImplemented
-    with torch._C.DisableTorchFunctionSubclass():
-        if self.retains_grad:
-            return None
-        keeper = weakref.ref(self)
-        passed: list[Any] = []
-
-        def on_part(grad: torch.Tensor) -> None:
-            x = keeper()
-            if x is None:
-                return
-            rest = _meshed(grad.detach().clone(), x)
-            for share in passed:
-                rest = rest - share
-            passed.clear()
-            x.grad = rest if x.grad is None else x.grad + rest
-
-        self.register_hook(lambda grad: passed.append(grad.detach()))
-        self.retain_grad()
-    part.register_hook(on_part)
-    return None
+    if part is not None:
+        part.retain_grad()
+    return NotImplemented

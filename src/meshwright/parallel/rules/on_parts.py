@@ -6,6 +6,8 @@ runs on the plain parts, and its backward needs no rule at all. Everything else 
 
 from __future__ import annotations
 
+import inspect
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from meshwright.parallel.functions import function
-from meshwright.parallel.redistribute import from_local_alike
+from meshwright.parallel.redistribute import from_local_alike, from_written
 from meshwright.parallel.tensor import MeshOps, history, is_mesh
 
 _UNARY = "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid tanh hardtanh"
@@ -30,8 +32,18 @@ def _functions() -> dict[Any, None]:
     return dict.fromkeys(f for f in found if f is not None)
 
 
+def _place_of_inplace(func: Callable[..., Any]) -> int:
+    """How many arguments may come before a positional `inplace`."""
+    try:
+        names = list(inspect.signature(func).parameters)
+    except ValueError:  # built in
+        names = []
+    return names.index("inplace") if "inplace" in names else sys.maxsize
+
+
 def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
     writes = func.__name__.endswith("_") and not func.__name__.startswith("_")
+    place = _place_of_inplace(func)
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         """On the parts where rules made all operands, else as any elementwise operator."""
@@ -39,7 +51,7 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
         parts = []
         for value in args:
             if isinstance(value, MeshOps):
-                part = history(value) if value._is_direct else None
+                part = history(value)
                 if part is None or (first is not None and value._spec is not first._spec):
                     return NotImplemented
                 first = value if first is None else first
@@ -50,7 +62,9 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
                 parts.append(value)
         if first is None or not torch.is_grad_enabled() or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
             return NotImplemented
-        if writes or kwargs.get("inplace") or any(value is True for value in args[1:]):
+        if len(args) > place:
+            return NotImplemented
+        if writes or kwargs.get("inplace"):
             return _written(func, args[0], parts, kwargs)
         return from_local_alike(func(*parts, **kwargs), first)
 
@@ -65,8 +79,14 @@ def _written(func: Callable[..., Any], x: Any, parts: list[Any], kwargs: Any) ->
     with torch._C.DisableTorchFunctionSubclass():
         if x._use_count() > 1:
             return NotImplemented
+    spare = torch.empty(0)
+    try:  # who refers to `x` weakly (a gradient to be retained) is seen by this alone, and by no written part
+        torch._C._swap_tensor_impl(x, spare)
+    except RuntimeError:
+        return NotImplemented
+    torch._C._swap_tensor_impl(x, spare)
     func(*parts, **kwargs)
-    now = from_local_alike(parts[0], x)
+    now = from_written(parts[0], x)
     torch._C._swap_tensor_impl(x, now)
     x._local_tensor, x._spec, x._history = now._local_tensor, now._spec, now._history
     return x

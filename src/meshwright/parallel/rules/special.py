@@ -30,7 +30,7 @@ def set_data(x: Any, value: Any) -> None:
         )
     with torch._C.DisableTorchFunctionSubclass():
         _DATA.__set__(x, value)
-    x._local_tensor, x._spec = value._local_tensor, value._spec
+    x._local_tensor, x._spec, x._history = value._local_tensor, value._spec, None
 
 
 def parameter_like(x: Any, local: torch.Tensor) -> Any:

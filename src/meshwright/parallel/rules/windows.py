@@ -26,6 +26,7 @@ class Space:
     placements: Placements
     shape: tuple[int, ...]
     cause: Cause
+    memory: int = 0  # of the part of the input, where a result may lie in it
 
     def line(self, dim: int) -> Line | None:
         """The ranks that share `dim`, or None where it is whole."""
@@ -37,13 +38,18 @@ class Space:
         return local_shape(self.mesh, self.placements, tuple(shape))
 
     def done(self, local: torch.Tensor, shape: Sequence[int]) -> Any:
-        """The mesh tensor of global `shape` with the same splits."""
+        """The mesh tensor of global `shape` with the same splits. It never shares memory with the input: what changes
+        nothing (padding by 0, interpolation to the same size) is a copy on one device, too."""
+        if local.untyped_storage().data_ptr() == self.memory:
+            local = local.clone()
         return from_local(local, self.mesh, self.placements, tuple(shape), self.cause.ledger)
 
 
 def enter(x: Any, op: str) -> tuple[Space, torch.Tensor]:
     """The place and the local part of `x`; differentiable."""
-    return Space(x._spec.mesh, placements_of(x), tuple(x.shape), cause_for(op, x)), to_local(x)
+    local = to_local(x)
+    memory = local.untyped_storage().data_ptr()
+    return Space(x._spec.mesh, placements_of(x), tuple(x.shape), cause_for(op, x), memory), local
 
 
 def fetch_windows(local: torch.Tensor, size: int, windows: Sequence[Interval], line: Line) -> torch.Tensor:
