@@ -51,6 +51,8 @@ SCENARIOS = [
     Scenario("two_modules", corners.two_modules),
     Scenario("conversion_after", corners.conversion_after),
     Scenario("numbers", corners.numbers),
+    Scenario("few_values", corners.few_values, plans=("d4", "d2h2", "w4")),
+    Scenario("thin_transposed", corners.thin_transposed, plans=("w4", "w2"), limit=1e-5),
     Scenario("writes", corners.writes, plans=("d4", "d2h2", "n2d2")),
     Scenario("beyond_the_end", corners.beyond_the_end, plans=("d4", "d2h2", "n2d2")),
     Scenario("same_bits", backward.same_bits, limit=0.0),

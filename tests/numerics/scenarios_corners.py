@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -226,3 +227,42 @@ def beyond_the_end(plan: mw.Plan) -> Errors:
         with pytest.raises(RuntimeError, match="out of bounds"):
             line.gather(0, torch.tensor([0, place]))
     return {}
+
+
+def few_values(plan: mw.Plan) -> Errors:
+    """Statistics of nothing, of too few values, and of complex ones."""
+    x = sample()
+    split = mw.shard(x, plan)
+    count = x.shape[2] * x.shape[3]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*degrees of freedom.*")
+        few = [torch.var(v, dim=(2, 3), correction=c) for c in (count, count + 1) for v in (split, x)]
+    assert all(torch.equal(whole(value), few[1]) for value in few)
+    assert torch.isinf(few[1]).all()
+    empty = sample(shape=(0, 4, 9, 10, 8))
+    norm = nn.BatchNorm3d(4).double()
+    assert mw.parallelize(copy.deepcopy(norm), plan)(mw.shard(empty, plan)).shape == norm(empty).shape
+    found = []
+    for value in (split, x):
+        complex_value = torch.complex(value, value * value)
+        var, mean = torch.var_mean(complex_value, dim=(2, 4))
+        found.append({"var": whole(var), "mean": whole(torch.view_as_real(mean)), "std": whole(complex_value.std())})
+    return against(*found)
+
+
+def thin_transposed(plan: mw.Plan) -> Errors:
+    """One position a rank, with a stride along it: torch's own fp32 gradient of the input reads other memory there."""
+    found = []
+    for split in (True, False):
+        torch.manual_seed(0)
+        model: nn.Module = nn.ConvTranspose2d(4, 1, 3, stride=(1, 2), padding=1, output_padding=(0, 1), bias=False)
+        x = sample(shape=(3, 4, 8, 4), dtype=torch.float32).to(memory_format=torch.channels_last)
+        if split:
+            model, x = mw.parallelize(model, plan), mw.shard(x, plan)
+        x.requires_grad_()
+        junk = [torch.full((3, 4, 8, 1), torch.nan) for _ in range(9)]  # what unwritten memory holds
+        del junk
+        objective(model(x)).backward()
+        assert x.grad is not None
+        found.append(gradients(model) | {"x": whole(x.grad)})
+    return against(*found)

@@ -86,7 +86,8 @@ def _bytes(item: Tensor | str) -> bytes | memoryview:
         return item.encode()
     if item.is_meta:
         return b""
-    return memoryview(item.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    line = item.detach().cpu().contiguous().as_strided((item.numel(),), (1,))  # one element may have any stride
+    return memoryview(line.view(torch.uint8).numpy().data)
 
 
 def _digest(data: bytes | memoryview) -> int:

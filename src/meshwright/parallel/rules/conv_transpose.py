@@ -71,6 +71,10 @@ def conv_transpose(
         dim = i + 2
         axis = axis_of(placements, dim)
         if axis is None:
+            if shape[dim] == 1 and extra[i] >= dilation[i]:  # torch takes that with a stride alone: see `strides`
+                local_pad[i] = local_extra[i] = 0
+                crops.append((dim, Interval(0, sizes_out[i]), -padding[i]))
+                exact = False
             continue
         ranks = sizes(mesh)[axis]
         s, p, r = stride[i], padding[i], dilation[i] * (kernel[i] - 1)
@@ -96,9 +100,12 @@ def conv_transpose(
         made_up = native(one, w, b if exact else None, stride, 0, 0, groups, dilation)
         y = local.new_zeros(local_out) + made_up.flatten().narrow(0, 0, 0).sum()  # the graph that others have
     else:
-        widen = widened(local) or unreliable(local, w.shape, Conv(stride, dilation, groups), local.shape[2:])
+        # one position needs no stride, with which torch's gradient of the input reads other memory (2.13.0, AVX512)
+        strides = tuple(1 if size == 1 else s for size, s in zip(local.shape[2:], stride, strict=True))
+        widen = widened(local) or unreliable(local, w.shape, Conv(strides, dilation, groups), local.shape[2:])
         wide: Any = [t.float() if t is not None and widen else t for t in (local, w, b if exact else None)]
-        y = native(*wide, stride, local_pad, local_extra, groups, dilation).to(local.dtype)
+        with torch.autocast(local.device.type, enabled=False):  # all is cast already
+            y = native(*wide, strides, local_pad, local_extra, groups, dilation).to(local.dtype)
         y = y.contiguous(memory_format=memory_format(local))  # torch's reference kernel forgets channels_last
         for dim, out, start in crops if not exact else []:
             y = _crop(y, dim, start, out)

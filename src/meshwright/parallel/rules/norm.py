@@ -101,13 +101,13 @@ def batch_norm(
     weight, bias, running_mean, running_var = (as_mesh(v, mesh) for v in (weight, bias, running_mean, running_var))
     placements, shape = placements_of(x), tuple(x.shape)
     cause, axes = cause_for("batch_norm", x, weight), split_axes(placements)
-    if not training or not axes:
+    if not training or not axes or 0 in shape:  # of nothing torch takes no statistics
         mean, var = (None if v is None else to_local(v) for v in (running_mean, running_var))
         w, b = (None if v is None else to_local(v, axes) for v in (weight, bias))
         y = F.batch_norm(to_local(x), mean, var, w, b, training, 0.0 if momentum is None else momentum, eps)
         return from_local(_keep_order(y), mesh, placements, shape, cause.ledger)
     count = math.prod(shape) // max(1, shape[1])
-    if count <= 1:
+    if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
     view = [1, shape[1], *(1 for _ in shape[2:])]
     dims = [0, *range(2, len(shape))]
@@ -154,8 +154,10 @@ def instance_norm(
         return batch_norm(x, running_mean, running_var, weight, bias, False, momentum, eps)
     shape = tuple(x.shape)
     count = math.prod(shape[2:])
-    if count <= 1:
+    if count == 1:
         raise ValueError(f"Expected more than 1 spatial element when training, got input size {shape}")
+    if 0 in shape:
+        return batch_norm(x, None, None, weight, bias, True, momentum, eps)
     cause, dims = cause_for("instance_norm", x, weight), list(range(2, len(shape)))
     view = [1, shape[1], *(1 for _ in dims)]
     y, mean, var = _standardize(x, weight, bias, view, dims, eps, cause)

@@ -201,13 +201,16 @@ def variance(func: Any, args: Any, kwargs: Any) -> Any:
         out = func(r.local, *args[1:], **kwargs)
         return tuple(r.done(o) for o in out) if isinstance(out, tuple) else r.done(out)
     parts = shares(sizes(r.mesh), r.placements, r.shape, tuple(r.dims))
-    mean, var = merged_moments(r.local, r.dims, r.mesh, parts, cause_of(func, args))
+    local = torch.view_as_real(r.local) if r.local.is_complex() else r.local
+    mean, var = merged_moments(local, r.dims, r.mesh, parts, cause_of(func, args))
+    if r.local.is_complex():
+        mean, var = torch.view_as_complex(mean), var.sum(-1)
     correction = 1 if a["correction"] is None else a["correction"]
-    var = var * (r.count / (r.count - correction) if r.count > correction else math.nan)
+    var = var * r.count / max(0, r.count - correction)
     value = var.sqrt() if "std" in func._schema.name else var
     if not keepdim:
         value, mean = value.reshape(r.local_out_shape()), mean.reshape(r.local_out_shape())
-    value = r.done(value.to(r.local.dtype))
+    value = r.done(value.to(r.local.dtype.to_real()))
     return (value, r.done(mean.to(r.local.dtype))) if "mean" in func._schema.name else value
 
 
