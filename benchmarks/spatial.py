@@ -43,9 +43,9 @@ from meshwright.models.resnet import resnet18
 from meshwright.models.small_unet import SmallUNet, benchmark_unet
 from meshwright.parallel.account import Totals, totals
 from meshwright.parallel.functions import tuple_of
-from meshwright.parallel.kernels import Conv
 from meshwright.parallel.pool_kernels import Boxes, average
 from meshwright.parallel.rules.halo_conv import SpatialConv
+from meshwright.parallel.signature import Conv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 

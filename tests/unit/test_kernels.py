@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import meshwright as mw
-from meshwright.parallel.kernels import Conv, conv_backward, conv_forward
+from meshwright.parallel.kernels import conv_backward, conv_forward
+from meshwright.parallel.signature import Conv
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.parallel import matrix_conv
-from meshwright.parallel.kernels import Conv, as_matrix, conv_backward, conv_forward, memory_format
+from meshwright.parallel.kernels import as_matrix, conv_backward, conv_forward, memory_format
+from meshwright.parallel.signature import Conv
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAST = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}

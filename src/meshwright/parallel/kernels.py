@@ -1,8 +1,6 @@
 """Local convolutions: the one place where kernels and memory formats are chosen.
 
-Pads are given per spatial dim as (before, after), may differ, and may be negative (then the input is cut). Torch's
-convolution pads alike on both sides: `_Pad` finds the alike pad whose surplus outputs are dropped, and copies the
-input only where there is none.
+Pads are given per spatial dim as (before, after), may differ, and may be negative (then the input is cut).
 """
 
 from __future__ import annotations
@@ -16,54 +14,14 @@ import torch
 import torch.nn.functional as F
 
 from meshwright.parallel import matrix_conv
-from meshwright.parallel.signature import Signature, signature
+from meshwright.parallel.guards import Pad, spatial_pad, tamed, unreliable
+from meshwright.parallel.signature import Conv, Like, Pads, Signature, signature
 
 CLIFF = 20480  # torch leaves oneDNN for fp32 on CPU where N == 1 and N * C * (first two spatial dims) is at most this
 
 
-Like = torch.Tensor | Signature
 _convolution = torch.ops.aten.convolution.default
 _convolution_backward = torch.ops.aten.convolution_backward.default
-Pads = tuple[tuple[int, int], ...]
-
-
-class Conv(NamedTuple):
-    """A convolution's constants, one entry per spatial dim."""
-
-    stride: tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-
-
-class _Pad(NamedTuple):
-    alike: int  # padding handed to the kernel
-    before: int  # explicit zeros in front (negative: cut)
-    after: int
-    lead: int  # surplus outputs at the front
-
-    @classmethod
-    def of(cls, before: int, after: int, stride: int, size: int, reach: int) -> _Pad:
-        cut_before, cut_after = min(0, before), min(0, after)
-        if max(before, after) > 0 and (size + cut_before + cut_after <= reach or max(before, after) >= reach):
-            # torch's kernels go wrong or crash on volumes that are thinner than a padded kernel (2.13.0, CPU): fp32's
-            # weight gradient of [2, 4, 3, 17, 5] with kernel 5 and padding 3, most of them in halves
-            return cls(0, before, after, 0)
-        before, after = max(0, before), max(0, after)
-        if before >= after:
-            return cls(before, cut_before, cut_after, 0)
-        if (after - before) % stride == 0:
-            return cls(after, cut_before, cut_after, (after - before) // stride)
-        return cls(before, cut_before, cut_after + after - before, 0)
-
-
-def _spatial_pad(x: torch.Tensor, pads: Sequence[_Pad]) -> torch.Tensor:
-    """Explicit pads and cuts (cuts are views)."""
-    for dim, pad in enumerate(pads, start=2):
-        lo, hi = min(0, pad.before), min(0, pad.after)
-        if lo or hi:
-            x = x.narrow(dim, -lo, x.shape[dim] + lo + hi)
-    flat = [max(0, value) for pad in reversed(pads) for value in (pad.before, pad.after)]
-    return F.pad(x, flat) if any(flat) else x
 
 
 def _slabs(x: Like, out_depth: int) -> int:
@@ -138,65 +96,40 @@ def _ordered(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Te
     )
 
 
-def unreliable(x: Like, weight: Sequence[int], conv: Conv, outputs: Sequence[int]) -> bool:
-    """Whether torch's half-precision convolution on CPUs may be wrong or leave memory unwritten (torch 2.13.0).
+class _Planned(NamedTuple):
+    """All that is decided about a local convolution."""
 
-    Asked for the dtype and device of `x` and the shape of the weight. Found by drawing shapes (docs/constants.md):
-    where a dim has both stride and dilation, where the last has a stride and one output, and on processors with AMX
-    where it has kernel and stride 4 and in volumes whose depth has a stride, if that is not the stride of all or the
-    filters are odd in number. These are computed in fp32 and rounded, wherever they run.
-    """
-    if x.device.type != "cpu" or x.dtype not in (torch.bfloat16, torch.float16):
-        return False
-    filters, *_, width = weight
-    if len(outputs) == 3 and conv.stride[0] > 1 and (len(set(conv.stride)) > 1 or filters % 2):
-        return True
-    skips = any(s > 1 and d > 1 for s, d in zip(conv.stride, conv.dilation, strict=True))
-    return skips or (conv.stride[-1] > 1 and (outputs[-1] == 1 or width == 4 == conv.stride[-1]))
-
-
-def _tamed(
-    shape: Sequence[int], weight: Sequence[int], conv: Conv, pads: Sequence[tuple[int, int]], out_sizes: Sequence[int]
-) -> tuple[Conv, Pads]:
-    """The same without strides where they do not matter: with a stride and one output along the last dim torch's
-    kernels read other memory (2.13.0, CPUs with AVX512; fp32, two samples of one channel in channels_last)."""
-    strides, ends = list(conv.stride), [tuple(pair) for pair in pads]
-    for i, (size, k, dilation) in enumerate(zip(shape[2:], weight[2:], conv.dilation, strict=True)):
-        after = dilation * (k - 1) + 1 - size - ends[i][0]  # of the only window
-        if out_sizes[i] == 1 < strides[i] and after > -size:
-            strides[i], ends[i] = 1, (ends[i][0], after)
-    return conv._replace(stride=tuple(strides)), tuple(ends)  # type: ignore[arg-type]
-
-
-def _plan_of(shape: Sequence[int], weight: Sequence[int], conv: Conv, pads: Sequence[tuple[int, int]]) -> list[_Pad]:
-    per_dim = zip(pads, conv.stride, shape[2:], weight[2:], conv.dilation, strict=True)
-    return [_Pad.of(*ends, stride, size, d * (k - 1) + 1) for ends, stride, size, k, d in per_dim]
-
-
-class _Direct(NamedTuple):
-    """Whether torch's own operator does all that is wanted, forward and backward, and its constants."""
-
-    forward: bool
+    forward: bool  # torch's own operator does all that is wanted, with `constants`
     backward: bool
     constants: tuple[Any, ...]
+    conv: Conv  # without strides that do not matter
+    pads: Pads
+    around: tuple[Pad, ...]
+    matrices: tuple[bool, bool, bool]  # output, gradient of the input, of the weight
 
 
 @lru_cache(maxsize=4096)
-def _direct(x: Signature, weight: Signature, conv: Conv, pads: Pads, out_sizes: tuple[int, ...]) -> _Direct:
-    plan = _plan_of(x.shape, weight.shape, conv, pads)
-    alike, kernel = [pad.alike for pad in plan], weight.shape[2:]
-    per_dim = zip(x.shape[2:], kernel, plan, conv.stride, conv.dilation, out_sizes, strict=True)
-    simple = not (widened(x) or unreliable(x, weight.shape, conv, out_sizes))
-    simple = simple and _tamed(x.shape, weight.shape, conv, pads, out_sizes) == (conv, pads)
+def _planned(x: Signature, weight: Signature, conv: Conv, pads: Pads, out_sizes: tuple[int, ...]) -> _Planned:
+    tame, tame_pads = tamed(x.shape, weight.shape, conv, pads, out_sizes)
+    kernel = weight.shape[2:]
+    per_dim = zip(tame_pads, tame.stride, x.shape[2:], kernel, tame.dilation, strict=True)
+    around = tuple(Pad.of(*ends, stride, size, d * (k - 1) + 1) for ends, stride, size, k, d in per_dim)
+    alike = [pad.alike for pad in around]
+    simple = (tame, tame_pads) == (conv, pads) and not any(pad.before or pad.after for pad in around)
+    simple = simple and not (widened(x) or unreliable(x, weight.shape, conv, out_sizes))
     simple = simple and not (_matrix(x) and _is_pointwise(weight, conv, alike))
-    for size, k, pad, stride, dilation, out in per_dim:
-        outputs = (size + 2 * pad.alike - dilation * (k - 1) - 1) // stride + 1
-        simple = simple and not (pad.before or pad.after) and outputs == out
     simple = simple and not (x.ndim == 5 and _slabs(x, out_sizes[0]) > 1)
-    own_x, own_weight = (as_matrix(x, weight, conv, out_sizes, of) for of in ("input", "weight"))
-    forward = simple and not as_matrix(x, weight, conv, out_sizes, "output")
-    backward = simple and not (own_x or own_weight)
-    return _Direct(forward, backward, (conv.stride, alike, conv.dilation, False, [0] * len(alike), conv.groups))
+    simple = simple and _outputs(x, weight, conv, alike) == list(out_sizes)
+    of_y, of_x, of_weight = (as_matrix(x, weight, conv, out_sizes, of) for of in matrix_conv.OF)
+    constants = conv.stride, alike, conv.dilation, False, [0] * len(alike), conv.groups
+    backward = simple and not (of_x or of_weight)
+    return _Planned(simple and not of_y, backward, constants, tame, tame_pads, around, (of_y, of_x, of_weight))
+
+
+def _outputs(x: Like, weight: Like, conv: Conv, alike: Sequence[int]) -> list[int]:
+    """How many outputs torch's operator gives."""
+    per_dim = zip(x.shape[2:], weight.shape[2:], alike, conv.stride, conv.dilation, strict=True)
+    return [(size + 2 * p - d * (k - 1) - 1) // stride + 1 for size, k, p, stride, d in per_dim]
 
 
 def conv_forward(
@@ -208,18 +141,15 @@ def conv_forward(
     out_sizes: Sequence[int],
 ) -> torch.Tensor:
     """`x` [N, C, *spatial] → [N, F, *out_sizes]: the first `out_sizes` positions of the padded convolution."""
-    direct = _direct(signature(x), signature(weight), conv, tuple(pads), tuple(out_sizes))
-    if direct.forward:
-        return _convolution(x, weight, bias, *direct.constants)
-    conv, pads = _tamed(x.shape, weight.shape, conv, pads, out_sizes)
-    if as_matrix(x, weight, conv, out_sizes, "output"):
+    plan = _planned(signature(x), signature(weight), conv, tuple(pads), tuple(out_sizes))
+    if plan.forward:
+        return _convolution(x, weight, bias, *plan.constants)
+    conv, pads = plan.conv, plan.pads
+    if plan.matrices[0]:
         with torch.autocast(x.device.type, enabled=False):  # the rules have cast already; backward keeps its dtype
             return _ordered(matrix_conv.forward(x, weight, bias, conv, pads, out_sizes), x, weight)
-    plan = _plan_of(x.shape, weight.shape, conv, pads)
-    x = _spatial_pad(x, plan)
-    alike = [pad.alike for pad in plan]
-    out = _kernel(x, weight, bias, conv, alike)
-    for dim, (pad, size) in enumerate(zip(plan, out_sizes, strict=True), start=2):
+    out = _kernel(spatial_pad(x, plan.around), weight, bias, conv, [pad.alike for pad in plan.around])
+    for dim, (pad, size) in enumerate(zip(plan.around, out_sizes, strict=True), start=2):
         if out.shape[dim] != size:
             out = out.narrow(dim, pad.lead, size)
     return out
@@ -228,9 +158,7 @@ def conv_forward(
 def _kernel(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv: Conv, alike: Sequence[int]
 ) -> torch.Tensor:
-    reaches = (d * (k - 1) + 1 for k, d in zip(weight.shape[2:], conv.dilation, strict=True))
-    per_dim = zip(x.shape[2:], reaches, alike, conv.stride, strict=True)
-    outputs = [(size + 2 * p - reach) // stride + 1 for size, reach, p, stride in per_dim]
+    outputs = _outputs(x, weight, conv, alike)
     if widened(x) or unreliable(x, weight.shape, conv, outputs):
         wide = None if bias is None else bias.float()
         return _kernel(x.float(), weight.float(), wide, conv, alike).to(x.dtype)
@@ -265,15 +193,14 @@ def conv_backward(
     mask: tuple[bool, bool, bool],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of `conv_forward` for input, weight and bias, as far as `mask` asks for them."""
-    direct = _direct(signature(x), signature(weight), conv, tuple(pads), tuple(grad.shape[2:]))
-    if direct.backward and any(mask[:2]):
+    plan = _planned(signature(x), signature(weight), conv, tuple(pads), tuple(grad.shape[2:]))
+    if plan.backward and any(mask[:2]):
         d_x, d_weight, d_bias = _convolution_backward(
-            grad, x, weight, [weight.shape[0]] if mask[2] else None, *direct.constants, mask
+            grad, x, weight, [weight.shape[0]] if mask[2] else None, *plan.constants, mask
         )
         return d_x, d_weight, d_bias
-    conv, pads = _tamed(x.shape, weight.shape, conv, pads, grad.shape[2:])
-    own_x = mask[0] and as_matrix(x, weight, conv, grad.shape[2:], "input")
-    own_weight = mask[1] and as_matrix(x, weight, conv, grad.shape[2:], "weight")
+    conv, pads = plan.conv, plan.pads
+    own_x, own_weight = mask[0] and plan.matrices[1], mask[1] and plan.matrices[2]
     if own_x or own_weight:
         rest = (mask[0] and not own_x, mask[1] and not own_weight, mask[2])
         found = conv_backward(grad, x, weight, conv, pads, rest) if any(rest) else (None, None, None)
@@ -283,22 +210,17 @@ def conv_backward(
         return _ordered(d_x, x, weight) if own_x and d_x is not None else d_x, d_weight, found[2]
     if not any(mask[:2]):
         return None, None, grad.sum((0, *range(2, grad.ndim))) if mask[2] else None
-    plan = _plan_of(x.shape, weight.shape, conv, pads)
-    padded = _spatial_pad(x, plan)
-    surplus = []
-    for dim, pad in enumerate(plan, start=2):
-        reach = conv.dilation[dim - 2] * (weight.shape[dim] - 1) + 1
-        full = (padded.shape[dim] + 2 * pad.alike - reach) // conv.stride[dim - 2] + 1
-        surplus.append((pad.lead, full - pad.lead - grad.shape[dim]))
+    padded, alike = spatial_pad(x, plan.around), [pad.alike for pad in plan.around]
+    full = zip(plan.around, _outputs(padded, weight, conv, alike), grad.shape[2:], strict=True)
+    surplus = [(pad.lead, outputs - pad.lead - wanted) for pad, outputs, wanted in full]
     if any(any(pair) for pair in surplus):
         grad = F.pad(grad, [value for pair in reversed(surplus) for value in pair])
-    alike = [pad.alike for pad in plan]
     d_x, d_weight, d_bias = _kernel_backward(grad, padded, weight, conv, alike, mask)
     if d_x is not None:
-        for dim, pad in enumerate(plan, start=2):
+        for dim, pad in enumerate(plan.around, start=2):
             if pad.before > 0 or pad.after > 0:
                 d_x = d_x.narrow(dim, max(0, pad.before), d_x.shape[dim] - max(0, pad.before) - max(0, pad.after))
-        cuts = [-min(0, value) for pad in reversed(plan) for value in (pad.before, pad.after)]
+        cuts = [-min(0, value) for pad in reversed(plan.around) for value in (pad.before, pad.after)]
         if any(cuts):
             d_x = F.pad(d_x, cuts)
     return d_x, d_weight, d_bias

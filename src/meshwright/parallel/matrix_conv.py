@@ -12,13 +12,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 
-if TYPE_CHECKING:
-    from meshwright.parallel.kernels import Conv, Like
+from meshwright.parallel.signature import Conv, Like
 
 Pads = Sequence[tuple[int, int]]
 
@@ -26,6 +25,7 @@ LARGE_WEIGHT = 1 << 20  # elements: in smaller ones the reordering costs less th
 FEW_POSITIONS = 0.25  # of the number of output channels: gradients of weights, and outputs where torch is slow
 FEWEST_POSITIONS = 0.0625  # the same for outputs and gradients of inputs
 Of = Literal["output", "input", "weight"]
+OF: tuple[Of, ...] = ("output", "input", "weight")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 

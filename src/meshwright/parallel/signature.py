@@ -31,3 +31,15 @@ class Signature(NamedTuple):
 def signature(t: torch.Tensor) -> Signature:
     """That of a plain tensor."""
     return Signature(t.shape, t.stride(), t.dtype, t.device)
+
+
+Like = torch.Tensor | Signature
+Pads = tuple[tuple[int, int], ...]  # (before, after) of each dim
+
+
+class Conv(NamedTuple):
+    """A convolution's constants, one entry per spatial dim."""
+
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int

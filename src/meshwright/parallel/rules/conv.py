@@ -27,12 +27,12 @@ from meshwright.parallel.functions import (
     placements_of,
     tuple_of,
 )
-from meshwright.parallel.kernels import Conv, as_matrix
+from meshwright.parallel.kernels import as_matrix
 from meshwright.parallel.layout import Placements, axis_of, local_shape, split_axes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
 from meshwright.parallel.rules.halo import Cut
 from meshwright.parallel.rules.halo_conv import SpatialConv, Work
-from meshwright.parallel.signature import Signature, signature
+from meshwright.parallel.signature import Conv, Signature, signature
 from meshwright.plan.geometry import Interval, chunks, reached
 
 MAX_THIN = 8  # more output planes than this near a cut: one window is cheaper than plane by plane

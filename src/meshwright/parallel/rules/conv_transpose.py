@@ -22,11 +22,13 @@ from meshwright.parallel.functions import (
     placements_of,
     tuple_of,
 )
-from meshwright.parallel.kernels import Conv, memory_format, unreliable, widened
+from meshwright.parallel.guards import unreliable
+from meshwright.parallel.kernels import memory_format, widened
 from meshwright.parallel.layout import axis_of, local_shape, owned, split_axes
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
 from meshwright.parallel.rules.conv import conv
+from meshwright.parallel.signature import Conv
 from meshwright.plan.geometry import Interval, chunks
 
 

@@ -17,7 +17,8 @@ import torch
 
 from meshwright.parallel.comm import dense_strides
 from meshwright.parallel.exchange import Intervals, Line, Posted, pieces_of
-from meshwright.parallel.kernels import Conv, Pads, conv_backward, conv_forward
+from meshwright.parallel.kernels import conv_backward, conv_forward
+from meshwright.parallel.signature import Conv, Pads
 from meshwright.plan.geometry import Interval
 
 

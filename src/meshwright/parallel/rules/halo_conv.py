@@ -19,7 +19,7 @@ import torch
 from torch.autograd import Function
 
 from meshwright.parallel.account import totals
-from meshwright.parallel.kernels import Conv, conv_backward, conv_forward, memory_format
+from meshwright.parallel.kernels import conv_backward, conv_forward, memory_format
 from meshwright.parallel.rules.halo import (
     Cut,
     Halo,
@@ -36,6 +36,7 @@ from meshwright.parallel.rules.halo import (
     thin_forward,
     whole,
 )
+from meshwright.parallel.signature import Conv
 
 Mask = tuple[bool, bool, bool]
 Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
