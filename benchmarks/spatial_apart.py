@@ -1,7 +1,8 @@
 """Plain torch and Meshwright as their users run them: each in processes of its own, one after the other by turns.
 
 In spatial.py all variants share their processes, so what Meshwright arranges for a process (on CPUs, that freed memory
-stays with it) serves plain torch as well. Here it does not.
+stays with it) serves plain torch as well. Here it does not; and on two ranks two more sorts of halves that never talk
+tell the one from the other: with Meshwright's choice of kernels ("tuned"), and these keeping their memory too ("kept").
 
     python benchmarks/spatial_apart.py --ranks 1 --dtype bf16            # the benchmark U-Net, 96 cubed, 21 rounds
     python benchmarks/spatial_apart.py --network resnet18 --dtype fp32   # two ranks against two halves that never talk
@@ -25,11 +26,17 @@ import torch
 import torch.distributed as dist
 from peers_pair import Pair
 from peers_rank import seconds_of
-from spatial import DTYPES, NETWORKS, ratio, trainer
+from spatial import DTYPES, NETWORKS, ratio, same_kernels, trainer
 
 import meshwright as mw
+from meshwright.cluster.pages import keep_pages
 
-NAMES = ("plain torch", "meshwright")
+NAMES = ("plain torch", "tuned halves", "kept halves", "meshwright")
+
+
+def names(ranks: int) -> tuple[str, ...]:
+    """Who is timed."""
+    return NAMES if ranks == 2 else (NAMES[0], NAMES[-1])
 
 
 def serve(
@@ -47,6 +54,10 @@ def serve(
     if name == "meshwright":
         step = trainer(mw.parallelize(model, plan, strict=True), mw.shard(x, plan))
     else:
+        if name != "plain torch":
+            same_kernels(model)
+        if name == "kept halves" and not keep_pages():
+            raise SystemExit("glibc could not be told to keep memory")
         step = trainer(model, x[mw.interval(tuple(x.shape), plan, rank)].clone(memory_format=torch.preserve_format))
     del x
     say({})
@@ -57,17 +68,18 @@ def serve(
 
 def timed(what: str, edge: int, dtype: str, rounds: int, launches: int) -> dict[str, list[float]]:
     """Seconds of the slowest rank in each round, in fresh processes for each launch."""
-    order = random.Random(0)
-    seconds: dict[str, list[float]] = {name: [] for name in NAMES}
+    order, timed_names = random.Random(0), names(int(what[-1]))
+    seconds: dict[str, list[float]] = {name: [] for name in timed_names}
     for _ in range(launches):
         with tempfile.TemporaryDirectory() as folder:
             there = Path(folder)
-            pairs = {n: Pair(n, sys.executable, edge, dtype, there, what, int(what[-1]), Path(__file__)) for n in NAMES}
+            given = sys.executable, edge, dtype, there, what, int(what[-1]), Path(__file__)
+            pairs = {name: Pair(name, *given) for name in timed_names}
             try:
                 for pair in pairs.values():
                     pair.ask()
                 for turn in range(-3, rounds):  # to warm up
-                    for name in order.sample(NAMES, len(NAMES)):
+                    for name in order.sample(timed_names, len(timed_names)):
                         step = max(answer["seconds"] for answer in pairs[name].ask("step"))
                         if turn >= 0:
                             seconds[name].append(step)
@@ -95,8 +107,9 @@ def main() -> None:
     seconds = timed(what, size, options.dtype, options.rounds, options.launches)
     for name, values in seconds.items():
         print(f"  {name:12s} {statistics.median(values):8.4f} s  (min {min(values):.4f}, max {max(values):.4f})")
-    middle, low, high = ratio(seconds["meshwright"], seconds["plain torch"], options.launches)
-    print(f"  meshwright / plain torch  {middle:.3f}  [{low:.3f}, {high:.3f}]")
+    for name in names(options.ranks)[:-1]:
+        middle, low, high = ratio(seconds["meshwright"], seconds[name], options.launches)
+        print(f"  meshwright / {name:12s} {middle:.3f}  [{low:.3f}, {high:.3f}]")
 
 
 def _rank() -> None:
