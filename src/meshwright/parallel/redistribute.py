@@ -185,24 +185,43 @@ class _FromLocal(Function):
         ledger: Ledger | None,
         like: Any = None,
     ) -> MeshTensor:
-        ctx.mesh, ctx.placements = mesh, placements
-        ctx.cause = Cause(ledger, (layer(), "gradient"))
-        ctx.save_for_backward(_mark)
-        if like is not None and local is like[1]:  # written in place: whoever shares memory with `x` is to see it
-            with torch._C.DisableTorchFunctionSubclass():
-                now: MeshTensor = like[0].detach()
-            return now
+        _remember(ctx, mesh, placements, ledger)
         part = local.detach()  # no view: torch would look for its base when it is written
         return wrap(part, mesh, placements, shape, ledger) if like is None else alike(part, like[0])
 
     @staticmethod
     def backward(ctx: Any, grad: Any) -> Any:
-        _ = ctx.saved_tensors
-        target = tuple(REPLICATE if isinstance(p, Partial) else p for p in ctx.placements)
-        grad = redistribute(_meshed(grad, ctx.mesh), target, ctx.cause)
-        if _is_plain_backward() and not grad._frozen_view and not partial_axes(tuple(grad._spec.placements)):
-            return same(grad._local_tensor), *(None,) * 5
-        return to_local(grad, partial_axes(ctx.placements)), *(None,) * 5
+        return _of_part(ctx, grad), *(None,) * 5
+
+
+def _remember(ctx: Any, mesh: DeviceMesh, placements: Placements, ledger: Ledger | None) -> None:
+    ctx.mesh, ctx.placements = mesh, placements
+    ctx.cause = Cause(ledger, (layer(), "gradient"))
+    ctx.save_for_backward(_mark)
+
+
+def _of_part(ctx: Any, grad: Any) -> torch.Tensor:
+    """The gradient of a part from that of the mesh tensor around it."""
+    _ = ctx.saved_tensors
+    target = tuple(REPLICATE if isinstance(p, Partial) else p for p in ctx.placements)
+    grad = redistribute(_meshed(grad, ctx.mesh), target, ctx.cause)
+    if _is_plain_backward() and not grad._frozen_view and not partial_axes(tuple(grad._spec.placements)):
+        return same(grad._local_tensor)
+    return to_local(grad, partial_axes(ctx.placements))
+
+
+class _Written(Function):
+    """A mesh tensor whose part was written in place: so was it, and its gradient goes to the part."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Any, part: torch.Tensor) -> Any:
+        _remember(ctx, x._spec.mesh, tuple(x._spec.placements), x._ledger)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Any) -> Any:
+        return None, _of_part(ctx, grad)
 
 
 def from_local(
@@ -222,18 +241,16 @@ def from_local_alike(local: torch.Tensor, x: Any) -> MeshTensor:
     if local.shape != part.shape or local.stride() != part.stride() or local.dtype != part.dtype:
         return from_local(local, spec.mesh, tuple(spec.placements), tuple(spec.shape), x._ledger)
     given = spec.mesh, spec.placements, spec.shape, x._ledger
-    return _with_history(
-        _FromLocal.apply(local, *given, [x, None]), local, spec.placements
-    )  # a list hides from autograd
+    return _with_history(_FromLocal.apply(local, *given, [x]), local, spec.placements)  # a list hides from autograd
 
 
-def from_written(part: torch.Tensor, x: Any) -> MeshTensor:
-    """What `x` is now that `part`, its history, was written in place: of the same memory, and the same counter."""
-    spec = x._spec
-    out = _FromLocal.apply(part, spec.mesh, spec.placements, spec.shape, x._ledger, [x, part])
-    torch.autograd.graph.increment_version(out)
-    part.__dict__.pop(_HELD)
-    return _with_history(out, part, spec.placements)
+def written(x: Any, part: torch.Tensor) -> Any:
+    """`x` now that `part`, its history, was written in place."""
+    with torch._C.DisableTorchFunctionSubclass():
+        x.detach_()  # what was before leads to the part, too
+        _Written.apply(x, part)
+    x._history = part, node_of(x)
+    return x
 
 
 _HELD = "_meshwright_held"  # an attribute of parts that are the history of a mesh tensor

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from meshwright.parallel.functions import function
-from meshwright.parallel.redistribute import from_local_alike, from_written
+from meshwright.parallel.redistribute import from_local_alike, written
 from meshwright.parallel.tensor import MeshOps, history, is_mesh
 
 _UNARY = "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid tanh hardtanh"
@@ -72,24 +72,14 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _written(func: Callable[..., Any], x: Any, parts: list[Any], kwargs: Any) -> Any:
-    """In place: the part is written, and `x` becomes what would be made of it now. Not if anyone else holds `x` as it
-    was (a view, a graph), for whom torch has to see the write."""
+    """In place: the part is written, and its graph goes on."""
     if not is_mesh(x) or parts[0]._is_view():  # torch would have to see that the base is written
         return NotImplemented
     with torch._C.DisableTorchFunctionSubclass():
-        if x._use_count() > 1:
+        if x.retains_grad:  # a gradient that would have to come along
             return NotImplemented
-    spare = torch.empty(0)
-    try:  # who refers to `x` weakly (a gradient to be retained) is seen by this alone, and by no written part
-        torch._C._swap_tensor_impl(x, spare)
-    except RuntimeError:
-        return NotImplemented
-    torch._C._swap_tensor_impl(x, spare)
     func(*parts, **kwargs)
-    now = from_written(parts[0], x)
-    torch._C._swap_tensor_impl(x, now)
-    x._local_tensor, x._spec, x._history = now._local_tensor, now._spec, now._history
-    return x
+    return written(x, parts[0])
 
 
 for _func in _functions():
