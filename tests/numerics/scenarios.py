@@ -76,5 +76,6 @@ SCENARIOS = [
     Scenario("edges_between_rules", writes.edges),
     Scenario("recomputed_between_rules", writes.recomputed),
     Scenario("taken_twice_between_rules", writes.taken_twice),
+    Scenario("joined_between_rules", writes.joined, plans=("d4", "d2h2", "n2d2", "d3")),
     Scenario("mixed_losses", backward.mixed_losses),
 ]

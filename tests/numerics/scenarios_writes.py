@@ -239,3 +239,27 @@ def taken_twice(plan: mw.Plan) -> Errors:
         own = mw.from_local(held.grad, plan, shape) if split else held.grad
         found.append({"first": whole(grads[0]), "second": whole(grads[1]), "part": whole(own)})
     return against(*found)
+
+
+def joined(plan: mw.Plan) -> Errors:
+    """Channels joined in halves, channels_last: gradients of the pieces, and theirs, are the same numbers; dense."""
+    found: list[list[Tensor]] = []
+    for split in (True, False):
+        x = sample(shape=(2, 3, 5, 6, 4)).bfloat16().to(memory_format=torch.channels_last_3d)
+        scale = sample(7, shape=(2, 7, 10, 12, 8)).bfloat16().to(memory_format=torch.channels_last_3d)
+        if split:
+            x, scale = mw.shard(x, plan), mw.shard(scale, plan)
+        x.requires_grad_()
+        pieces = [F.interpolate(piece, scale_factor=2) for piece in (x, x[:, :2] * 2, -x[:, 1:])]
+        formats: list[bool] = []
+        if split:
+            last = torch.channels_last_3d
+            pieces[1].register_hook(lambda g: formats.append(g.to_local().is_contiguous(memory_format=last)))  # noqa: B023
+        y = torch.cat(pieces, dim=1)
+        assert type(y.grad_fn).__name__ == ("_JoinBackward" if split else "CatBackward0")
+        ones = torch.ones_like(y)
+        grads = torch.autograd.grad(y * y * scale, pieces, ones, create_graph=True)
+        again = torch.autograd.grad(sum(g * g for g in grads[1:]), x, torch.ones_like(grads[1]))
+        assert all(formats)
+        found.append([whole(t) for t in (y, *grads, *again)])
+    return {str(i): 0.0 if torch.equal(ours, true) else 1.0 for i, (ours, true) in enumerate(zip(*found, strict=True))}
