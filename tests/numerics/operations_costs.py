@@ -41,6 +41,7 @@ COSTS: dict[str, Cost] = {
     "fourier": Cost(SWAP, "no other dim to move a split to: gathered"),
     "fractional": Cost("windows begin anywhere, so space is made whole", "split space or channels: gathered"),
     "indexing": Cost(f"nothing where the indexed dims are whole; else {SWAP}", "selection by a mask: gathered"),
+    "join_channels": Cost("nothing: channels in half precision, on the parts themselves", "as all concatenations"),
     "joins": Cost("positions whose place in the result belongs to another rank × the other dims"),
     "linear": Cost("nothing; a split last dim as in matmul"),
     "loss": Cost("one number for each loss, to the other ranks", "a split class dim of class losses is gathered"),

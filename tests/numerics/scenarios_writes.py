@@ -259,7 +259,7 @@ def joined(plan: mw.Plan) -> Errors:
         assert type(y.grad_fn).__name__ == ("_JoinBackward" if split else "CatBackward0")
         ones = torch.ones_like(y)
         grads = torch.autograd.grad(y * y * scale, pieces, ones, create_graph=True)
-        again = torch.autograd.grad(sum(g * g for g in grads[1:]), x, torch.ones_like(grads[1]))
         assert all(formats)
+        again = torch.autograd.grad(sum(g * g for g in grads[1:]), x, torch.ones_like(grads[1]))
         found.append([whole(t) for t in (y, *grads, *again)])
     return {str(i): 0.0 if torch.equal(ours, true) else 1.0 for i, (ours, true) in enumerate(zip(*found, strict=True))}
