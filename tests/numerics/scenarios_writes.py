@@ -260,6 +260,6 @@ def joined(plan: mw.Plan) -> Errors:
         ones = torch.ones_like(y)
         grads = torch.autograd.grad(y * y * scale, pieces, ones, create_graph=True)
         assert all(formats)
-        again = torch.autograd.grad(sum(g * g for g in grads[1:]), x, torch.ones_like(grads[1]))
+        again = torch.autograd.grad(sum(g * g for g in grads[1:]), pieces, torch.ones_like(grads[1]))
         found.append([whole(t) for t in (y, *grads, *again)])
     return {str(i): 0.0 if torch.equal(ours, true) else 1.0 for i, (ours, true) in enumerate(zip(*found, strict=True))}
