@@ -76,6 +76,9 @@ SCENARIOS = [
     Scenario("edges_between_rules", writes.edges),
     Scenario("recomputed_between_rules", writes.recomputed),
     Scenario("taken_twice_between_rules", writes.taken_twice),
+    Scenario("let_go_between_rules", writes.let_go),
+    Scenario("looked_at_between_rules", writes.looked_at),
+    Scenario("turned_between_rules", writes.turned),
     Scenario("joined_between_rules", writes.joined, plans=("d4", "d2h2", "n2d2", "d3")),
     Scenario("mixed_losses", backward.mixed_losses),
 ]

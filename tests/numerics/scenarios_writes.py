@@ -251,15 +251,78 @@ def joined(plan: mw.Plan) -> Errors:
             x, scale = mw.shard(x, plan), mw.shard(scale, plan)
         x.requires_grad_()
         pieces = [F.interpolate(piece, scale_factor=2) for piece in (x, x[:, :2] * 2, -x[:, 1:])]
+        y = torch.cat(pieces, dim=1)
         formats: list[bool] = []
         if split:
             last = torch.channels_last_3d
             pieces[1].register_hook(lambda g: formats.append(g.to_local().is_contiguous(memory_format=last)))  # noqa: B023
-        y = torch.cat(pieces, dim=1)
-        assert type(y.grad_fn).__name__ == ("_JoinBackward" if split else "CatBackward0")
+            assert y.grad_fn is not None
+            assert type(y.grad_fn.next_functions[0][0]).__name__ == "_JoinBackward"
         ones = torch.ones_like(y)
         grads = torch.autograd.grad(y * y * scale, pieces, ones, create_graph=True)
-        assert all(formats)
+        assert formats == [True] * split
         again = torch.autograd.grad(sum(g * g for g in grads[1:]), pieces, torch.ones_like(grads[1]))
         found.append([whole(t) for t in (y, *grads, *again)])
     return {str(i): 0.0 if torch.equal(ours, true) else 1.0 for i, (ours, true) in enumerate(zip(*found, strict=True))}
+
+
+def let_go(plan: mw.Plan) -> Errors:
+    """A retained gradient outlives the graph: after the tensor has left it, was written, or was given other data."""
+
+    def watch(seen: dict[str, Tensor]) -> Any:
+        held: dict[str, Tensor] = {}
+
+        def at(name: str, value: Tensor) -> Tensor | None:
+            held[name] = value
+            if name == "conv":  # what follows needs no values of theirs
+                held["twice"], held["half"] = value * 2, value * 0.5
+                return held["twice"] + held["half"] + value
+            if name == "end":
+                for kept in ("conv", "twice", "half", "relu"):
+                    held[kept].retain_grad()
+            return None
+
+        def finish(loss: Tensor) -> None:
+            loss.backward()
+            assert held["half"].grad is held["half"].grad
+            held["conv"].detach_()
+            torch.detach_(held["twice"]).requires_grad_()
+            held["half"].add_(1)
+            held["relu"].data = held["relu"].detach() * 2
+            held["twice"].square().sum().backward()
+            seen.update({k: held[k].grad for k in ("conv", "twice", "half", "relu")})  # type: ignore[misc]
+
+        return at, finish
+
+    return both(plan, watch)
+
+
+def looked_at(plan: mw.Plan) -> Errors:
+    """Hooks of the node itself, hung on before others go on, see all of the gradient, and change it."""
+
+    def watch(seen: dict[str, Tensor]) -> Any:
+        def at(name: str, value: Tensor) -> None:
+            if name in ("conv", "relu"):
+                assert value.grad_fn is not None
+                value.grad_fn.register_prehook(lambda grads: (grads[0] / grads[0].norm(),))
+                value.grad_fn.register_hook(lambda _, grads, name=name: seen.update({name: grads[0].sum() + grads[0]}))
+            if name == "norm":
+                value.register_hook(lambda g: (g.mul_(2), None)[1])
+
+        return at, lambda loss: loss.backward()
+
+    return both(plan, watch)
+
+
+def turned(plan: mw.Plan) -> Errors:
+    """Dims exchanged in place, unrecorded: what follows sees them so."""
+    found = []
+    for split in (True, False):
+        model, x = Chain(), sample(shape=(2, 3, 8, 8, 8))
+        if split:
+            model, x = mw.parallelize(model, plan), mw.shard(x, plan)
+        h = model.first(x)
+        with torch.no_grad():
+            h.transpose_(0, 1)
+        found.append({"after": whole(F.relu(h) * 2)})
+    return against(*found)

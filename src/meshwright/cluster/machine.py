@@ -94,7 +94,7 @@ def memory_bytes() -> int | None:
 
 def available_bytes() -> int:
     """Memory that is free, or can be made so, for this process; 0 where the system does not say."""
-    return min((_meminfo_bytes("MemAvailable") or 0, *(limit - used for limit, used in _memory_limits())))
+    return max(0, min((_meminfo_bytes("MemAvailable") or 0, *(limit - used for limit, used in _memory_limits()))))
 
 
 def peak_bytes() -> int:

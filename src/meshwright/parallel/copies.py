@@ -129,6 +129,11 @@ def written(t: Any, changes_shape: bool) -> None:
             base = t._base
         if base is not None:  # the part of a view was cut out below autograd, too: it counts for itself
             torch.autograd.graph.increment_version(base._local_tensor)
+        for other in (t, base):
+            if other is not None and other._keeper is not None and torch.is_grad_enabled():  # its graph goes on
+                other._keeper.hand_over()
+    if changes_shape:
+        t._history = None
     if t._frozen_view and t._source is not None and not changes_shape:
         # torch counts a write after it is done
         t._source.write(writes_of(t) + (0 if t.is_inference() else 1))

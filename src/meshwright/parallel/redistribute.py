@@ -19,7 +19,8 @@ from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.mesh import coordinates, sizes
-from meshwright.parallel.tensor import MeshTensor, alike, fresh, history, is_mesh, node_of, wrap
+from meshwright.parallel.tensor import MeshTensor, alike, fresh, is_mesh, node_of, wrap
+from meshwright.parallel.tensor import direct as history_of
 from meshwright.plan.geometry import chunk
 
 
@@ -159,7 +160,7 @@ def to_local(x: Any, grad_axes: tuple[int, ...] = (), *, direct: bool = True) ->
     """This rank's part as a plain tensor. Along `grad_axes` ranks compute on different data with a replicated `x`,
     so there the gradient is a summand (Partial). A Partial `x` is summed first. `direct`: it may be the very tensor
     that `x` was made of."""
-    part = history(x) if direct and torch.is_grad_enabled() else None
+    part = history_of(x) if direct and torch.is_grad_enabled() else None
     if part is not None and all(isinstance(x._spec.placements[axis], Shard) for axis in grad_axes):
         return part
     if x._frozen_view:

@@ -92,6 +92,7 @@ class Channel:
         Raises RuntimeError when it has ended or takes nothing for `limit_s()` seconds.
         """
         self._thread = threading.get_ident()
+        self._check()
         if self.bell.unread >= MOST_UNREAD and not _await(self, True, limit_s):
             raise RuntimeError(f"process {self.bell.pid} took none of {MOST_UNREAD} pieces within {limit_s():g} s")
         nbytes = sum(part.numel() * part.element_size() for part in parts)
@@ -114,6 +115,7 @@ class Channel:
         """The next piece but those expected is for `buffers` (contiguous): as it is, or folded with `addends`; if
         `late`, no sooner than `receive` asks for them."""
         self._thread = threading.get_ident()
+        self._check()
         _waiting().add(self)
         self._expected.append(_Expected(buffers, addends, fold, late))
 
@@ -128,6 +130,11 @@ class Channel:
         for slot in self._slots:
             if slot.piece < taken:  # a slower neighbour may still open the others
                 os.close(slot.file)
+
+    def _check(self) -> None:
+        """Raise RuntimeError in a child that a rank has forked: it would write into the rank's memory."""
+        if self.bell.bell_in < 0:
+            raise RuntimeError("this process was forked from a rank, or has left: it cannot exchange with other ranks")
 
     def receive(self, buffers: list[torch.Tensor], limit_s: Callable[[], float], *, apart: bool = False) -> None:
         """Wait until expected `buffers` are filled; earlier ones are filled first.

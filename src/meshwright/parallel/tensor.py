@@ -47,6 +47,8 @@ class MeshOps:
     _frozen_view: bool = False  # a copy that one device would hold as a view
     _source: Any = None  # of such a copy: where it comes from (see copies.py)
     _history: tuple[torch.Tensor, Any] | None = None  # see `history`
+    _way: str | None = None  # "part" once a rule went on from it, "node" once somebody looked at the graph before
+    _keeper: Any = None  # of a gradient that is retained on the part (see rules/backward.py)
 
     @classmethod
     def __torch_function__(
@@ -149,8 +151,8 @@ class MeshTensor(MeshOps, _Base):
 
     @property
     def grad_fn(self) -> Any:
-        """The node of the graph that made this tensor: of its part, where all of its gradient passes, if it has one."""
-        part = history(self)
+        """The node that made this tensor; that of its part, if rules have gone on from there already."""
+        part = observed(self)
         with torch._C.DisableTorchFunctionSubclass():
             if part is None:
                 return _grad_fn(self)
@@ -161,7 +163,7 @@ class MeshTensor(MeshOps, _Base):
     @property
     def output_nr(self) -> int:
         """Which of the outputs of `grad_fn` this is."""
-        part = history(self)
+        part = observed(self)
         with torch._C.DisableTorchFunctionSubclass():
             count: int = _output_nr(self) if part is None else part.output_nr
         return count
@@ -169,24 +171,18 @@ class MeshTensor(MeshOps, _Base):
     @property
     def grad(self) -> Any:
         """The gradient, if this is a leaf or retains it."""
-        part = history(self)
+        if self._keeper is not None:
+            return self._keeper.gradient()
         with torch._C.DisableTorchFunctionSubclass():
-            found = _grad.__get__(self) if part is None else part.grad
-        return found if part is None or found is None else as_gradient(found, self._spec, self._ledger)
+            return _grad.__get__(self)
 
     @grad.setter
     def grad(self, value: Any) -> None:
-        from meshwright.parallel.functions import as_mesh
-        from meshwright.parallel.redistribute import redistribute
-
-        part = history(self)
-        if part is not None and value is not None:
-            value = redistribute(as_mesh(value, self._spec.mesh), tuple(self._spec.placements))._local_tensor
+        if self._keeper is not None:
+            self._keeper.set(value)
+            return
         with torch._C.DisableTorchFunctionSubclass():
-            if part is None:
-                _grad.__set__(self, value)
-            else:
-                part.grad = value
+            _grad.__set__(self, value)
 
     # torch would swap parameters by `swap_tensors` where values answer to flattening; ours follow through `.data`
     __tensor_flatten__ = property(_no_flattening)
@@ -269,13 +265,37 @@ def alike(local: torch.Tensor, other: Any) -> MeshTensor:
 def history(x: Any) -> torch.Tensor | None:
     """The plain part from which `from_local` made `x`, with the graph behind it, unless the graph of `x` went on since.
 
-    A rule that goes on from it leaves the node between part and mesh tensor out, forward and backward. All gradients
-    meet there, also those that come by `x` itself: so there hooks on `x` belong, and what asks for its gradient.
+    All gradients meet there, also those that come by the node of `x` itself.
     """
     held = x._history
     if held is None:
         return None
     return held[0] if node_of(x) is held[1] else None
+
+
+def direct(x: Any) -> torch.Tensor | None:
+    """The history, for a rule to go on from: that leaves the node between part and mesh tensor out, there and back.
+    None if there is none, or if somebody has looked at that node, which all that follows has to pass."""
+    part = history(x) if x._way != "node" else None
+    if part is not None:
+        x._way = "part"
+    return part
+
+
+def observed(x: Any) -> torch.Tensor | None:
+    """Where whoever looks at the graph of `x` finds all of its gradient: at the part, if rules went on from there, else
+    (None) at `x` itself, which everybody passes from now on."""
+    if x._way == "part":
+        return history(x)
+    x._way = "node"
+    return None
+
+
+def stand_alone(x: Any) -> None:
+    """`x` leaves its history, with what that has kept for it."""
+    if x._keeper is not None:
+        x._keeper.hand_over()
+    x._history = None
 
 
 def node_of(x: Any) -> Any:

@@ -99,7 +99,7 @@ class InputGradient(Function):
         ctx.save_for_backward(grad, weight)
         d_x = _backward(grad, x, blank(x, work.cuts, work.pads), weight, work, (True, False, False))[0]
         assert d_x is not None
-        return d_x
+        return _own(d_x)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
@@ -119,7 +119,7 @@ class WeightGradient(Function):
         halos = received(x, work.cuts, work.pads)
         d_weight = _backward(grad, x, halos, weight, work, (False, True, False))[1]
         assert d_weight is not None
-        return d_weight
+        return _own(d_weight)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:

@@ -16,8 +16,8 @@ from torch.autograd import Function
 from meshwright.parallel.functions import function
 from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import axis_of
-from meshwright.parallel.redistribute import from_local
-from meshwright.parallel.tensor import history, is_mesh
+from meshwright.parallel.redistribute import from_local, to_local
+from meshwright.parallel.tensor import is_mesh
 
 
 class _Join(Function):
@@ -38,8 +38,7 @@ def cat(tensors: Any, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("dim", kwargs.get("axis", args[0] if args else 0))
     if not isinstance(tensors, Sequence) or not tensors or len(args) + len(kwargs) > 1 or not torch.is_grad_enabled():
         return NotImplemented
-    parts = [history(t) if is_mesh(t) else None for t in tensors]
-    if any(part is None or not _is_slow(part) for part in parts) or dim not in (1, 1 - tensors[0].ndim):
+    if not all(is_mesh(t) and _is_slow(t._local_tensor) for t in tensors) or dim not in (1, 1 - tensors[0].ndim):
         return NotImplemented
     first = tensors[0]
     mesh, placements, shape = first._spec.mesh, tuple(first._spec.placements), tuple(first._spec.shape)
@@ -48,6 +47,7 @@ def cat(tensors: Any, *args: Any, **kwargs: Any) -> Any:
         alike = t._spec.mesh is mesh and tuple(t._spec.placements) == placements and t.dtype is first.dtype
         if not alike or (its[0], *its[2:]) != (shape[0], *shape[2:]) or axis_of(placements, 1) is not None:
             return NotImplemented
+    parts = [to_local(t) for t in tensors]
     out_shape = (shape[0], sum(t.shape[1] for t in tensors), *shape[2:])
     return from_local(_Join.apply(*parts), mesh, placements, out_shape, first._ledger)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from meshwright.parallel.functions import function
 from meshwright.parallel.redistribute import from_local_alike, written
-from meshwright.parallel.tensor import MeshOps, history, is_mesh
+from meshwright.parallel.tensor import MeshOps, direct, is_mesh
 
 _UNARY = "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid tanh hardtanh"
 _UNARY += " hardswish hardsigmoid tanhshrink neg abs exp log sqrt rsqrt square"
@@ -51,7 +51,7 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
         parts = []
         for value in args:
             if isinstance(value, MeshOps):
-                part = history(value)
+                part = direct(value)
                 if part is None or (first is not None and value._spec is not first._spec):
                     return NotImplemented
                 first = value if first is None else first

@@ -9,7 +9,7 @@ import torch
 
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.functions import function
-from meshwright.parallel.tensor import MeshParameter, is_mesh, wrap
+from meshwright.parallel.tensor import MeshParameter, is_mesh, stand_alone, wrap
 
 _DATA: Any = torch.Tensor.data
 
@@ -28,9 +28,10 @@ def set_data(x: Any, value: Any) -> None:
             "assigning .data between a plain and a mesh tensor: "
             "use p.copy_(value) under no_grad, which keeps the layout"
         )
+    stand_alone(x)
     with torch._C.DisableTorchFunctionSubclass():
         _DATA.__set__(x, value)
-    x._local_tensor, x._spec, x._history = value._local_tensor, value._spec, None
+    x._local_tensor, x._spec = value._local_tensor, value._spec
 
 
 def parameter_like(x: Any, local: torch.Tensor) -> Any:
