@@ -17,10 +17,11 @@ from torch.distributed.tensor import Partial, Shard
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
+from meshwright.parallel.history import direct as history_of
+from meshwright.parallel.history import node_of
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
 from meshwright.parallel.mesh import coordinates, sizes
-from meshwright.parallel.tensor import MeshTensor, alike, fresh, is_mesh, node_of, wrap
-from meshwright.parallel.tensor import direct as history_of
+from meshwright.parallel.tensor import MeshTensor, alike, fresh, is_mesh, wrap
 from meshwright.plan.geometry import chunk
 
 

@@ -23,12 +23,12 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from meshwright.cluster.process_group import when_leaving
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import Ledger, where
+from meshwright.parallel.history import EDGE, node_of, observed
 from meshwright.parallel.layout import Placements, global_strides
 
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _dispatch: Callable[..., Any] | None = None
 _DETACH = torch.ops.aten.detach.default
-EDGE = "meshwright"  # in the metadata of a node, with the number of an output: the mesh tensor around it
 _specs: dict[tuple[object, ...], DTensorSpec] = {}
 when_leaving(_specs.clear)  # they hold meshes, which hold groups
 
@@ -48,7 +48,7 @@ class MeshOps:
     _source: Any = None  # of such a copy: where it comes from (see copies.py)
     _history: tuple[torch.Tensor, Any] | None = None  # see `history`
     _way: str | None = None  # "part" once a rule went on from it, "node" once somebody looked at the graph before
-    _keeper: Any = None  # of a gradient that is retained on the part (see rules/backward.py)
+    _keeper: Any = None  # of a gradient that is retained on the part (see history.py)
 
     @classmethod
     def __torch_function__(
@@ -140,7 +140,7 @@ _ASKS_SUBCLASSES = tuple(int(part) for part in torch.__version__.split("+")[0].s
 _Base: Any = DTensor if _ASKS_SUBCLASSES else torch.Tensor
 
 
-_version, _grad_fn, _output_nr = (torch._C.TensorBase.__dict__[n].__get__ for n in ("_version", "grad_fn", "output_nr"))
+_version, _output_nr = (torch._C.TensorBase.__dict__[name].__get__ for name in ("_version", "output_nr"))
 _grad = torch._C.TensorBase.__dict__["grad"]
 
 
@@ -153,10 +153,9 @@ class MeshTensor(MeshOps, _Base):
     def grad_fn(self) -> Any:
         """The node that made this tensor; that of its part, if rules have gone on from there already."""
         part = observed(self)
-        with torch._C.DisableTorchFunctionSubclass():
-            if part is None:
-                return _grad_fn(self)
-            node: Any = part.grad_fn
+        if part is None:
+            return node_of(self)
+        node: Any = part.grad_fn
         node.metadata[EDGE, part.output_nr] = self._spec, self._ledger
         return node
 
@@ -260,56 +259,6 @@ def alike(local: torch.Tensor, other: Any) -> MeshTensor:
     out._local_tensor, out._spec = local, spec
     out._ledger = where.stack[-1][0] if other._ledger is None and where.stack else other._ledger
     return out
-
-
-def history(x: Any) -> torch.Tensor | None:
-    """The plain part from which `from_local` made `x`, with the graph behind it, unless the graph of `x` went on since.
-
-    All gradients meet there, also those that come by the node of `x` itself.
-    """
-    held = x._history
-    if held is None:
-        return None
-    return held[0] if node_of(x) is held[1] else None
-
-
-def direct(x: Any) -> torch.Tensor | None:
-    """The history, for a rule to go on from: that leaves the node between part and mesh tensor out, there and back.
-    None if there is none, or if somebody has looked at that node, which all that follows has to pass."""
-    part = history(x) if x._way != "node" else None
-    if part is not None:
-        x._way = "part"
-    return part
-
-
-def observed(x: Any) -> torch.Tensor | None:
-    """Where whoever looks at the graph of `x` finds all of its gradient: at the part, if rules went on from there, else
-    (None) at `x` itself, which everybody passes from now on."""
-    if x._way == "part":
-        return history(x)
-    x._way = "node"
-    return None
-
-
-def stand_alone(x: Any) -> None:
-    """`x` leaves its history, with what that has kept for it."""
-    if x._keeper is not None:
-        x._keeper.hand_over()
-    x._history = None
-
-
-def node_of(x: Any) -> Any:
-    """The node that made the mesh tensor itself."""
-    with torch._C.DisableTorchFunctionSubclass():
-        return _grad_fn(x)
-
-
-def as_gradient(part: torch.Tensor, spec: DTensorSpec, ledger: Ledger | None) -> Any:
-    """The gradient of a part, as that of the mesh tensor around it."""
-    from meshwright.parallel.redistribute import from_local
-
-    place = spec.mesh, tuple(spec.placements), tuple(spec.shape), ledger
-    return from_local(part, *place) if part.requires_grad else wrap(part, *place)
 
 
 def version(x: Any) -> int:

@@ -7,7 +7,6 @@ does not route, and the switch stays on.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -15,8 +14,9 @@ import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright.parallel.functions import as_mesh, function
+from meshwright.parallel.history import EDGE, Keeper, as_gradient, history, node_of, observed, stand_alone
 from meshwright.parallel.redistribute import from_local, redistribute, same, to_local
-from meshwright.parallel.tensor import EDGE, as_gradient, history, is_mesh, node_of, observed, stand_alone, wrap
+from meshwright.parallel.tensor import is_mesh, wrap
 
 
 def _tuple(values: Any) -> tuple[Any, ...]:
@@ -166,43 +166,10 @@ def register_hook(self: Any, hook: Any) -> Any:
     return part.register_hook(on_part)
 
 
-class _Keeper:
-    """The gradient of a mesh tensor, retained on its part: torch keeps it there after all hooks."""
-
-    def __init__(self, x: Any, part: torch.Tensor) -> None:
-        self._x, self._part = weakref.ref(x), part
-        self._shown: tuple[torch.Tensor, Any] | None = None  # what the part holds, and that as a mesh tensor
-        part.retain_grad()
-
-    def gradient(self) -> Any:
-        """As a mesh tensor, the same until another backward."""
-        x, grad = self._x(), self._part.grad
-        if grad is None or x is None:
-            return None
-        if self._shown is None or self._shown[0] is not grad:
-            self._shown = grad, as_gradient(grad, x._spec, x._ledger)
-        return self._shown[1]
-
-    def set(self, value: Any) -> None:
-        """Another one, or none."""
-        x = self._x()
-        if value is not None and x is not None:
-            value = redistribute(as_mesh(value, x._spec.mesh), tuple(x._spec.placements))._local_tensor
-        self._part.grad = value
-
-    def hand_over(self) -> None:
-        """The tensor has its gradient itself from now on; what its own node brought is in it."""
-        x, grad = self._x(), self.gradient()
-        self._part.grad = None
-        if x is not None:
-            x._keeper = None
-            x.grad = grad
-
-
 @function(torch.Tensor.retain_grad)
 def retain_grad(self: Any) -> Any:
     """`.grad` is that of the part, if rules went on from there. The tensor keeps its own for when it is written."""
     part = observed(self)
     if part is not None and self._keeper is None:
-        self._keeper = _Keeper(self, part)
+        self._keeper = Keeper(self, part)
     return NotImplemented

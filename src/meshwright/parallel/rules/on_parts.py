@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from meshwright.parallel.functions import function
+from meshwright.parallel.history import direct
 from meshwright.parallel.redistribute import from_local_alike, written
-from meshwright.parallel.tensor import MeshOps, direct, is_mesh
+from meshwright.parallel.tensor import MeshOps, is_mesh
 
 _UNARY = "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid tanh hardtanh"
 _UNARY += " hardswish hardsigmoid tanhshrink neg abs exp log sqrt rsqrt square"

@@ -9,7 +9,8 @@ import torch
 
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.functions import function
-from meshwright.parallel.tensor import MeshParameter, is_mesh, stand_alone, wrap
+from meshwright.parallel.history import stand_alone
+from meshwright.parallel.tensor import MeshParameter, is_mesh, wrap
 
 _DATA: Any = torch.Tensor.data
 
