@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import get_args
 
 import pytest
@@ -12,20 +13,30 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meshwright.parallel import matrix_conv
-from meshwright.parallel.kernels import as_matrix, conv_backward, conv_forward, memory_format
+from meshwright.parallel.kernels import _planned, as_matrix, conv_backward, conv_forward, memory_format
 from meshwright.parallel.signature import Conv
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 LAST = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_last_3d}
 
 
+@contextmanager
+def products(others: float) -> Iterator[None]:
+    """Gradients of weights are matrix products, whatever the size; so are the `others` up to that share of positions."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(matrix_conv, "LARGE_WEIGHT", 0)
+        patch.setattr(matrix_conv, "FEW_POSITIONS", torch.inf)
+        patch.setattr(matrix_conv, "FEWEST_POSITIONS", others)
+        _planned.cache_clear()  # what was decided with other constants
+        yield
+    _planned.cache_clear()
+
+
 @pytest.fixture
-def always(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def always() -> Iterator[None]:
     """Every convolution without groups is a matrix product."""
-    monkeypatch.setattr(matrix_conv, "LARGE_WEIGHT", 0)
-    monkeypatch.setattr(matrix_conv, "FEW_POSITIONS", torch.inf)
-    monkeypatch.setattr(matrix_conv, "FEWEST_POSITIONS", torch.inf)
-    return
+    with products(torch.inf):
+        yield
 
 
 @st.composite
@@ -59,10 +70,7 @@ def test_every_geometry(
     truth = CONV[len(kernel)](
         F.pad(leaves[0], ends), leaves[1], leaves[2] if bias else None, conv.stride, 0, conv.dilation
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(matrix_conv, "LARGE_WEIGHT", 0)
-        patch.setattr(matrix_conv, "FEW_POSITIONS", torch.inf)
-        patch.setattr(matrix_conv, "FEWEST_POSITIONS", others)
+    with products(others):
         for of in get_args(matrix_conv.Of):
             assert as_matrix(x, weight, conv, truth.shape[2:], of) == (of == "weight" or others > 0)
         y = conv_forward(x, weight, b, conv, pads, truth.shape[2:])
