@@ -22,7 +22,7 @@ LAST = {1: torch.contiguous_format, 2: torch.channels_last, 3: torch.channels_la
 
 @contextmanager
 def products(others: float) -> Iterator[None]:
-    """Gradients of weights are matrix products, whatever the size; so are the `others` up to that share of positions."""
+    """Gradients of weights are matrix products, whatever their size; so are the `others`, up to that share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matrix_conv, "LARGE_WEIGHT", 0)
         patch.setattr(matrix_conv, "FEW_POSITIONS", torch.inf)
