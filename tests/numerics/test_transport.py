@@ -300,8 +300,8 @@ def test_no_more_files_is_said() -> None:
         mw.launch(no_more_files, ranks=2)
 
 
-def files_after_leaving(ordered: bool) -> tuple[int, int]:
-    """Open files of this process before the first channel, and after all of them have been dropped."""
+def files_after_leaving(ordered: bool) -> tuple[int, int, int]:
+    """Open files before the first channel, after all have been dropped, and how many of these are shared memory."""
     bells.ORDERED = ordered
     before = len(os.listdir("/proc/self/fd"))
     group, peer = dist.new_group(), 1 - dist.get_rank()
@@ -312,13 +312,15 @@ def files_after_leaving(ordered: bool) -> tuple[int, int]:
     assert len(channels(group)) == 1
     del group
     leave()
-    return before, len(os.listdir("/proc/self/fd"))
+    files = [Path(f"/proc/self/fd/{file}") for file in os.listdir("/proc/self/fd")]
+    return before, len(files), sum("memfd:meshwright" in os.readlink(file) for file in files if file.is_symlink())
 
 
 @pytest.mark.parametrize("ordered", [True, False])
 def test_no_file_stays_open(ordered: bool) -> None:
     """Pipes and memory go with the channels."""
-    for before, after in mw.launch(files_after_leaving, ranks=2, args=(ordered and bells.ORDERED,)):
+    for before, after, shared in mw.launch(files_after_leaving, ranks=2, args=(ordered and bells.ORDERED,)):
+        assert shared == 0
         assert after <= before  # the sockets of the first group are gone, too
 
 
