@@ -12,7 +12,7 @@ processes, and the interval is over them too.
     python benchmarks/spatial.py                 # fp32 and bf16, 96 cubed, 21 rounds
     python benchmarks/spatial.py --size 64 --rounds 7 --dtype fp32
     python benchmarks/spatial.py --network cosmoflow        # 128 cubed, 4 channels, split in depth
-    python benchmarks/spatial.py --network resnet18         # an image of 512 squared, split in height
+    python benchmarks/spatial.py --network resnet18 --batch 4    # images of 512 squared, split in height
     python benchmarks/spatial.py --network cliff --ranks 1  # 64 cubed, base 8, where plain torch falls off its cliff
     python benchmarks/spatial.py --network tiny --ranks 1   # 8 cubed: the overhead of an operation
     python benchmarks/spatial.py --launches 6 --rounds 7    # where a few per cent matter
@@ -59,8 +59,8 @@ class Network:
     channels: int = 4
     dims: int = 3
 
-    def shape(self, edge: int) -> tuple[int, ...]:
-        return (1, self.channels, *(edge,) * self.dims)
+    def shape(self, edge: int, batch: int) -> tuple[int, ...]:
+        return (batch, self.channels, *(edge,) * self.dims)
 
     def plan(self) -> mw.Plan:
         return mw.Plan.uniform(depth=2) if self.dims == 3 else mw.Plan.uniform(height=2)
@@ -148,7 +148,7 @@ def rounds_of(steps: dict[str, Callable[[], None]], rounds: int) -> tuple[dict[s
     return seconds, spent
 
 
-def two_ranks(name: str, size: int, rounds: int, dtype_name: str, plain: bool) -> dict[str, Any]:
+def two_ranks(name: str, size: int, batch: int, rounds: int, dtype_name: str, plain: bool) -> dict[str, Any]:
     """Runs on each of two ranks: split against independent halves."""
     torch.set_num_threads(1)
     network, dtype, rank = NETWORKS[name], DTYPES[dtype_name], dist.get_rank()
@@ -156,7 +156,7 @@ def two_ranks(name: str, size: int, rounds: int, dtype_name: str, plain: bool) -
     base = network.make(size, False).to(dtype=dtype, memory_format=network.format())
     lone = network.make(size, True).to(dtype=dtype, memory_format=network.format())
     plan = network.plan()
-    x = torch.randn(network.shape(size)).to(dtype=dtype, memory_format=network.format())
+    x = torch.randn(network.shape(size, batch)).to(dtype=dtype, memory_format=network.format())
     half = x[mw.interval(tuple(x.shape), plan, rank)].clone(memory_format=torch.preserve_format)
     steps = {
         "plain halves": trainer(copy.deepcopy(lone), half),
@@ -168,14 +168,14 @@ def two_ranks(name: str, size: int, rounds: int, dtype_name: str, plain: bool) -
     return {"seconds": seconds, "spent": vars(spent)}
 
 
-def one_rank(name: str, size: int, rounds: int, dtype_name: str, plain: bool) -> dict[str, Any]:
+def one_rank(name: str, size: int, batch: int, rounds: int, dtype_name: str, plain: bool) -> dict[str, Any]:
     """Runs on one rank: the whole volume, plain and under `parallelize`."""
     torch.set_num_threads(1)
     network, dtype = NETWORKS[name], DTYPES[dtype_name]
     torch.manual_seed(0)
     base = network.make(size, False).to(dtype=dtype, memory_format=network.format())
     plan = mw.Plan.uniform()
-    x = torch.randn(network.shape(size)).to(dtype=dtype, memory_format=network.format())
+    x = torch.randn(network.shape(size, batch)).to(dtype=dtype, memory_format=network.format())
     steps = {
         "plain": trainer(copy.deepcopy(base), x),
         "meshwright": trainer(mw.parallelize(copy.deepcopy(base), plan, strict=True), mw.shard(x, plan)),
@@ -238,6 +238,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--network", choices=list(NETWORKS), default="unet")
     parser.add_argument("--size", type=int, help="edge of the input (default: that of the network)")
+    parser.add_argument("--batch", type=int, default=1, help="samples of a step")
     parser.add_argument("--rounds", type=int, default=21, help="counted rounds of each launch")
     parser.add_argument("--launches", type=int, default=1, help="how often each comparison runs, in fresh processes")
     parser.add_argument("--dtype", choices=["fp32", "bf16", "both"], default="both")
@@ -247,12 +248,12 @@ def main() -> None:
     options = parser.parse_args()
     size = options.size or NETWORKS[options.network].edge
     print(
-        f"torch {torch.__version__}, {platform.machine()}, {options.network}, edge {size}, "
+        f"torch {torch.__version__}, {platform.machine()}, {options.network}, {options.batch} of edge {size}, "
         f"{options.launches} × {options.rounds} rounds"
     )
     figures: dict[str, Any] = {}
     for dtype in ["fp32", "bf16"] if options.dtype == "both" else [options.dtype]:
-        arguments = (options.network, size, options.rounds, dtype, not options.no_plain)
+        arguments = (options.network, size, options.batch, options.rounds, dtype, not options.no_plain)
         for ranks, work, title in (
             (2, two_ranks, "two ranks, the first dim of space split"),
             (1, one_rank, "one rank, the whole"),

@@ -42,14 +42,14 @@ def names(ranks: int) -> tuple[str, ...]:
 def serve(
     name: str, edge: int, dtype_name: str, rank: int, folder: Path, what: str, say: Callable[[Any], None]
 ) -> None:
-    """Build, and take a step whenever the parent asks for one; `what` is the network and the number of ranks."""
-    network, ranks, dtype = NETWORKS[what.split()[0]], int(what.split()[1]), DTYPES[dtype_name]
+    """Build, and take a step whenever the parent asks for one; `what` is the network and how many ranks and samples."""
+    network, (ranks, batch), dtype = NETWORKS[what.split()[0]], map(int, what.split()[1:]), DTYPES[dtype_name]
     store = dist.FileStore(str(folder / name.replace(" ", "-")), ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     torch.manual_seed(0)
     split = ranks == 2 and name != "meshwright"
     model = network.make(edge, split).to(dtype=dtype, memory_format=network.format())
-    x = torch.randn(network.shape(edge)).to(dtype=dtype, memory_format=network.format())
+    x = torch.randn(network.shape(edge, batch)).to(dtype=dtype, memory_format=network.format())
     plan = network.plan() if ranks == 2 else mw.Plan.uniform()
     if name == "meshwright":
         step = trainer(mw.parallelize(model, plan, strict=True), mw.shard(x, plan))
@@ -68,12 +68,12 @@ def serve(
 
 def timed(what: str, edge: int, dtype: str, rounds: int, launches: int) -> dict[str, list[float]]:
     """Seconds of the slowest rank in each round, in fresh processes for each launch."""
-    order, timed_names = random.Random(0), names(int(what[-1]))
+    order, timed_names = random.Random(0), names(int(what.split()[1]))
     seconds: dict[str, list[float]] = {name: [] for name in timed_names}
     for _ in range(launches):
         with tempfile.TemporaryDirectory() as folder:
             there = Path(folder)
-            given = sys.executable, edge, dtype, there, what, int(what[-1]), Path(__file__)
+            given = sys.executable, edge, dtype, there, what, int(what.split()[1]), Path(__file__)
             pairs = {name: Pair(name, *given) for name in timed_names}
             try:
                 for pair in pairs.values():
@@ -95,15 +95,16 @@ def main() -> None:
     parser.add_argument("--size", type=int, help="edge of the input (default: that of the network)")
     parser.add_argument("--ranks", type=int, choices=[1, 2], default=2)
     parser.add_argument("--dtype", choices=list(DTYPES), default="fp32")
+    parser.add_argument("--batch", type=int, default=1, help="samples of a step")
     parser.add_argument("--rounds", type=int, default=21, help="counted rounds of each launch")
     parser.add_argument("--launches", type=int, default=1, help="how often all of it runs, in fresh processes")
     options = parser.parse_args()
     size = options.size or NETWORKS[options.network].edge
     print(
-        f"torch {torch.__version__}, {options.network}, edge {size}, {options.dtype}, {options.ranks} rank(s), "
-        f"{options.launches} × {options.rounds} rounds"
+        f"torch {torch.__version__}, {options.network}, {options.batch} of edge {size}, {options.dtype}, "
+        f"{options.ranks} rank(s), {options.launches} × {options.rounds} rounds"
     )
-    what = f"{options.network} {options.ranks}"
+    what = f"{options.network} {options.ranks} {options.batch}"
     seconds = timed(what, size, options.dtype, options.rounds, options.launches)
     for name, values in seconds.items():
         print(f"  {name:12s} {statistics.median(values):8.4f} s  (min {min(values):.4f}, max {max(values):.4f})")

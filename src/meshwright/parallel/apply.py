@@ -172,8 +172,9 @@ def _convert(tensor: torch.Tensor, name: str, mesh: DeviceMesh, device: torch.de
 
 
 def _runs(ledger: Ledger) -> bool:
-    """Whether a module of this record runs in this thread."""
-    return any(other is ledger for other, _ in where.stack)
+    """Whether a module of this record runs in this thread: mostly the innermost."""
+    stack = where.stack
+    return bool(stack) and (stack[-1][0] is ledger or any(other is ledger for other, _ in stack))
 
 
 class _Enter:

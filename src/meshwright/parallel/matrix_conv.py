@@ -21,8 +21,8 @@ from meshwright.parallel.signature import Conv, Like
 
 Pads = Sequence[tuple[int, int]]
 
-LARGE_WEIGHT = 1 << 20  # elements: in smaller ones the reordering costs less than the calls that are made here
-FEW_POSITIONS = 0.25  # of the number of output channels: gradients of weights, and outputs where torch is slow
+LARGE_WEIGHT = 3 << 18  # elements: in smaller ones the reordering costs less than the calls that are made here
+FEW_POSITIONS = 0.25  # of the number of output channels: gradients of weights, and whatever torch is slow at
 FEWEST_POSITIONS = 0.0625  # the same for outputs and gradients of inputs
 Of = Literal["output", "input", "weight"]
 OF: tuple[Of, ...] = ("output", "input", "weight")
@@ -34,8 +34,10 @@ def is_matrix(x: Like, weight: Like, conv: Conv, out_sizes: Sequence[int], of: O
     matrix product."""
     if weight.numel() < LARGE_WEIGHT or conv.groups != 1 or x.device.type != "cpu" or x.dtype not in _DTYPES:
         return False
-    # torch leaves oneDNN for such volumes in fp32, which is slower still where channels lie together
+    # torch leaves oneDNN for such volumes in fp32, which is slower still where channels lie together. Of lines (near a
+    # cut of images) it knows no channels_last, so it copies them and the weight.
     slow = of == "output" and x.ndim == 5 and x.dtype == torch.float32 and not x.is_contiguous()
+    slow = slow or x.ndim == 3
     few = FEW_POSITIONS if slow or of == "weight" else FEWEST_POSITIONS
     return x.shape[0] * math.prod(out_sizes) <= few * weight.shape[0]
 

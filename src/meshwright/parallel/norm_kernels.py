@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ import torch
 from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.small import host, stacked, tensor
 
+_backward = torch.ops.aten.native_batch_norm_backward.default
 HALVES = (torch.bfloat16, torch.float16)
 SLAB = 1 << 15  # elements of a channel
 NEAR = 2.0  # standard deviations from zero to a mean, within which a sum of squares keeps the digits of the variance
@@ -33,22 +35,30 @@ def is_per_channel(x: torch.Tensor, dims: Sequence[int]) -> bool:
     return x.ndim >= 2 and (over == [0, *range(2, x.ndim)] or lone)
 
 
-def _slabs(x: torch.Tensor) -> Iterator[tuple[slice, ...]]:
-    """Pieces of at most `SLAB` elements a channel, but at least one plane: whole samples, or a part of one.
+def _slabs(x: torch.Tensor, *others: torch.Tensor) -> list[tuple[torch.Tensor, ...]]:
+    """Pieces of at most `SLAB` elements a channel, but at least one plane: whole samples, or a part of one. `others`
+    have the shape of `x`.
 
     All of it where torch's kernel sums well: on accelerators, and in fp32 and fp64 channel by channel.
     """
     if x.device.type != "cpu" or (x.dtype not in HALVES and memory_format(x) is torch.contiguous_format):
-        yield (slice(None),)
-        return
-    sample = max(1, math.prod(x.shape[2:]))
-    if sample <= SLAB or x.ndim < 3:
-        for first in range(0, x.shape[0], max(1, SLAB // sample)):
-            yield (slice(first, first + max(1, SLAB // sample)),)
-        return
-    planes = max(1, SLAB // (sample // x.shape[2]))
-    for index, first in itertools.product(range(x.shape[0]), range(0, x.shape[2], planes)):
-        yield slice(index, index + 1), slice(None), slice(first, first + planes)
+        return [(x, *others)]
+    cuts = _cuts(x.shape)
+    return [tuple(t[cut] for t in (x, *others)) for cut in cuts] if cuts else [(x, *others)]
+
+
+@lru_cache(maxsize=4096)
+def _cuts(shape: tuple[int, ...]) -> tuple[tuple[slice, ...], ...]:
+    """Where slabs of a tensor lie; none if it is one."""
+    samples, sample = shape[0], max(1, math.prod(shape[2:]))
+    if samples * sample <= SLAB:
+        return ()
+    if sample <= SLAB or len(shape) < 3:
+        each = max(1, SLAB // sample)
+        return tuple((slice(first, first + each),) for first in range(0, samples, each))
+    planes = max(1, SLAB // (sample // shape[2]))
+    starts = itertools.product(range(samples), range(0, shape[2], planes))
+    return tuple((slice(index, index + 1), slice(None), slice(first, first + planes)) for index, first in starts)
 
 
 def _in_lines(x: torch.Tensor) -> bool:
@@ -79,9 +89,8 @@ def _slab_moments(x: torch.Tensor) -> Any:
     # wide running statistics make the results wide
     near, spread = (x.new_zeros(x.shape[1], dtype=torch.float32) if x.dtype in HALVES else None for _ in range(2))
     found, counts = [], []
-    for slab in _slabs(x):
-        part = x[slab]
-        part = part.contiguous(memory_format=memory_format(part))
+    for (slab,) in _slabs(x):
+        part = slab.contiguous(memory_format=memory_format(slab))
         found.append(stacked([host(t) for t in torch.batch_norm_update_stats(part, near, spread, 0.0)]))
         counts.append(part.numel() // x.shape[1])
     if len(found) == 1:
@@ -91,28 +100,27 @@ def _slab_moments(x: torch.Tensor) -> Any:
     return np.stack([mean, ((slabs[:, 1] + (slabs[:, 0] - mean) ** 2) * share).sum(0)])
 
 
-def moments(x: torch.Tensor) -> Any:
-    """Mean and biased variance [2, C] of each channel (fp64, see `small.py`), zeros of an empty part."""
+def moments(x: torch.Tensor) -> tuple[Any, bool]:
+    """Mean and biased variance [2, C] of each channel (fp64, see `small.py`), zeros of an empty part.
+
+    And whether no mean is very far from zero, so that what is computed of the values themselves keeps its digits.
+    """
     if not x.numel():
-        return host(x.new_zeros((2, x.shape[1]), dtype=torch.float64))
+        return host(x.new_zeros((2, x.shape[1]), dtype=torch.float64)), True
     if x.dtype in HALVES or x.device.type != "cpu":
-        return _slab_moments(x)
+        return _slab_moments(x), True
     if not _in_lines(x):
         found = _slab_moments(x)
-        if _is_far(found, DIGITS / math.sqrt(min(SLAB, x.numel() // x.shape[1]))):
-            found[0] = _mean(x)
-        return found
+        if not _is_far(found, min(FAR, DIGITS / math.sqrt(min(SLAB, x.numel() // x.shape[1])))):
+            return found, True
+        found[0] = _mean(x)
+        return found, not _is_far(found, FAR)
     mean = _mean(x)
     found = np.stack([mean, _mean_square(x) - mean * mean])
-    if _is_far(found, NEAR):
-        found[1] = _mean_square(x - tensor(mean, x.dtype).view(1, -1, *(1 for _ in x.shape[2:])))
-    return found
-
-
-def is_centred(x: torch.Tensor, found: Any) -> bool:
-    """Whether what is computed of the values themselves keeps its digits (in fp32 and fp64 on CPUs): their moments say
-    that no mean is very far from zero."""
-    return x.dtype in HALVES or x.device.type != "cpu" or not _is_far(found, FAR)
+    if not _is_far(found, NEAR):
+        return found, True
+    found[1] = _mean_square(x - tensor(mean, x.dtype).view(1, -1, *(1 for _ in x.shape[2:])))
+    return found, not _is_far(found, FAR)
 
 
 def shifted(x: torch.Tensor, scale: torch.Tensor, level: torch.Tensor) -> torch.Tensor:
@@ -127,16 +135,13 @@ def gradient_sums(grad: torch.Tensor, x: torch.Tensor, mean: torch.Tensor, varia
     if not x.numel():
         return host(x.new_zeros((2, x.shape[1]), dtype=torch.float64))
     found = []
-    for slab in _slabs(x):
-        part, g = x[slab], grad[slab]
+    for part, g in _slabs(x, grad):
         # torch 2.13.0 reads one of the two in the other's memory order where these differ (CPU)
         order = memory_format(part)
         part, g = part.contiguous(memory_format=order), g.contiguous(memory_format=order)
-        _, product, total = torch.ops.aten.native_batch_norm_backward(
-            g, part, None, mean, variance, None, None, False, eps, [False, True, True]
-        )
+        _, product, total = _backward(g, part, None, mean, variance, None, None, False, eps, (False, True, True))
         found.append(stacked([host(total), host(product)]))
-    return sum(found)
+    return found[0] if len(found) == 1 else sum(found)
 
 
 def input_gradient(
@@ -149,7 +154,6 @@ def input_gradient(
         wide = x if x.dtype not in HALVES else x.float()
         return torch.addcmul(level, wide, slope).addcmul_(grad, scale).to(x.dtype)
     out = torch.empty_like(x)
-    for slab in _slabs(x):
-        part = shifted(x[slab].float(), slope, level)
-        out[slab].copy_(part.addcmul_(grad[slab].float(), scale))
+    for part, g, into in _slabs(x, grad, out):
+        into.copy_(shifted(part.float(), slope, level).addcmul_(g.float(), scale))
     return out

@@ -26,6 +26,7 @@ from meshwright.parallel.bells import MOST_UNREAD, Bell, fence
 
 SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
 LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
+MOST_PLACES = 64  # kinds of pieces whose places in a slot are remembered
 MOST_LATE = 8  # unread pieces that nobody has asked for yet: half, for a neighbour may be as far ahead
 LONGEST_SLEEP_S = 0.05  # then the counters are looked at again
 
@@ -36,9 +37,16 @@ class _Memory:
     def __init__(self, file: int, size: int) -> None:
         self.size = size
         self._pages = mmap.mmap(file, size)
+        self._places: dict[tuple[object, ...], list[torch.Tensor]] = {}
 
     def places(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Where the parts of a piece lie, one behind the other."""
+        """Where the parts of a piece lie, one behind the other: the same pieces come in every step."""
+        key = (parts[0].dtype, *[part.shape for part in parts])
+        known = self._places.get(key)
+        if known is not None:
+            return known
+        if len(self._places) >= MOST_PLACES:
+            self._places.clear()
         found, at = [], 0
         for part in parts:
             count = part.numel()
@@ -47,6 +55,7 @@ class _Memory:
             )
             found.append(line.view(part.shape))
             at += count * part.element_size()
+        self._places[key] = found
         return found
 
 
@@ -83,6 +92,7 @@ class Channel:
     _theirs: dict[int, _Memory] = field(default_factory=dict)  # the neighbour's slots by number
     _expected: deque[_Expected] = field(default_factory=deque)  # in the order of the pieces to come
     _thread: int = 0  # who uses it now
+    _waits_in: weakref.WeakSet[Channel] | None = None  # that thread's `_waiting()`
 
     def send(self, parts: Sequence[torch.Tensor], limit_s: Callable[[], float]) -> None:
         """Copy a piece, made of `parts` (any strides, one dtype), to shared memory and say so.
@@ -116,7 +126,10 @@ class Channel:
         `late`, no sooner than `receive` asks for them."""
         self._thread = threading.get_ident()
         self._check()
-        _waiting().add(self)
+        waiting = _waiting()
+        if self._waits_in is not waiting:
+            waiting.add(self)
+            self._waits_in = waiting
         self._expected.append(_Expected(buffers, addends, fold, late))
 
     def finish(self, end_s: float) -> None:

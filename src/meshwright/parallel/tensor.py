@@ -29,6 +29,8 @@ from meshwright.parallel.layout import Placements, global_strides
 FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _dispatch: Callable[..., Any] | None = None
 _DETACH = torch.ops.aten.detach.default
+_version, _output_nr = (torch._C.TensorBase.__dict__[name].__get__ for name in ("_version", "output_nr"))
+_grad = torch._C.TensorBase.__dict__["grad"]
 _specs: dict[tuple[object, ...], DTensorSpec] = {}
 when_leaving(_specs.clear)  # they hold meshes, which hold groups
 
@@ -92,6 +94,16 @@ class MeshOps:
         return len(self._spec.shape)
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of the numbers."""
+        return self._local_tensor.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """That of this rank's part."""
+        return self._local_tensor.device
+
+    @property
     def device_mesh(self) -> DeviceMesh:
         """The mesh of ranks."""
         return self._spec.mesh
@@ -100,6 +112,22 @@ class MeshOps:
     def placements(self) -> Placements:
         """For each mesh axis: Shard(dim), Replicate or Partial."""
         return tuple(self._spec.placements)
+
+    @property
+    def grad(self) -> Any:
+        """The gradient, if this is a leaf or retains it (as `shape`: optimisers ask each parameter several times)."""
+        if self._keeper is not None:
+            return self._keeper.gradient()
+        with torch._C.DisableTorchFunctionSubclass():
+            return _grad.__get__(self)
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        if self._keeper is not None:
+            self._keeper.set(value)
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            _grad.__set__(self, value)
 
     def full_tensor(self, *, grad_placements: object = None) -> torch.Tensor:
         """The whole value on every rank as a plain tensor; differentiable, and collective where it is split."""
@@ -140,10 +168,6 @@ _ASKS_SUBCLASSES = tuple(int(part) for part in torch.__version__.split("+")[0].s
 _Base: Any = DTensor if _ASKS_SUBCLASSES else torch.Tensor
 
 
-_version, _output_nr = (torch._C.TensorBase.__dict__[name].__get__ for name in ("_version", "output_nr"))
-_grad = torch._C.TensorBase.__dict__["grad"]
-
-
 class MeshTensor(MeshOps, _Base):
     """A split or replicated activation. `_ledger` is the record of the module it comes from (None: no module)."""
 
@@ -166,22 +190,6 @@ class MeshTensor(MeshOps, _Base):
         with torch._C.DisableTorchFunctionSubclass():
             count: int = _output_nr(self) if part is None else part.output_nr
         return count
-
-    @property
-    def grad(self) -> Any:
-        """The gradient, if this is a leaf or retains it."""
-        if self._keeper is not None:
-            return self._keeper.gradient()
-        with torch._C.DisableTorchFunctionSubclass():
-            return _grad.__get__(self)
-
-    @grad.setter
-    def grad(self, value: Any) -> None:
-        if self._keeper is not None:
-            self._keeper.set(value)
-            return
-        with torch._C.DisableTorchFunctionSubclass():
-            _grad.__set__(self, value)
 
     # torch would swap parameters by `swap_tensors` where values answer to flattening; ours follow through `.data`
     __tensor_flatten__ = property(_no_flattening)

@@ -27,7 +27,7 @@ from meshwright.parallel.apply import set_reducer
 from meshwright.parallel.collective import Sum, SumQueue, summed_bytes
 from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, splits
 from meshwright.parallel.mesh import SUMS_LANE, reduction_groups, sizes
-from meshwright.parallel.tensor import is_mesh, spec_of
+from meshwright.parallel.tensor import is_mesh, spec_of, version
 from meshwright.plan.exchange import buckets
 from meshwright.sync.memory import in_order, is_alone, line_of, shaped
 from meshwright.sync.order import Run, Sums, sums_on
@@ -41,9 +41,10 @@ class _Flight:
 
     def __init__(self, parameters: list[Any], axes: tuple[int, ...]) -> None:
         self.parameters, self.axes = parameters, axes
-        self.mesh = parameters[0].grad._spec.mesh
-        alone = [is_alone(p.grad) for p in parameters]
-        self.held = [(p.grad, p.grad._local_tensor, p.grad._version) for p in parameters]
+        grads = [p.grad for p in parameters]
+        self.mesh = grads[0]._spec.mesh
+        alone = [is_alone(grad) for grad in grads]
+        self.held = [(grad, grad._local_tensor, version(grad)) for grad in grads]
         # In the memory order of the parameters, which is the same on all ranks: that of gradients depends on the
         # kernels that a rank's part got.
         self.parts = [in_order(p, held) for p, (_, held, _) in zip(parameters, self.held, strict=True)]
@@ -79,8 +80,8 @@ class _Flight:
             self.work.wait()
         changed = []
         given = zip(self.parameters, self.held, self.parts, self.work.results, strict=True)
-        for p, (grad, held, version), part, total in given:
-            if p.grad is not grad or grad._local_tensor is not held or grad._version != version:
+        for p, (grad, held, before), part, total in given:
+            if p.grad is not grad or grad._local_tensor is not held or version(grad) != before:
                 changed.append(tuple(p.shape))
                 continue
             placements = tuple(
@@ -147,17 +148,18 @@ class Reducer:
         """Take in parameters that are trained and not known yet: all at first, later those that were unfrozen."""
         if torch._C._current_graph_task_id() != -1:
             return  # a checkpoint recomputes within a backward whose buckets are under way
-        found: list[Any] = [
-            p
-            for p in module.parameters()
-            if p.requires_grad
-            and is_mesh(p)
-            and p._spec.mesh.size() > 1  # alone there is nothing to sum
-            and p not in self._place
-            # not what `functional_call` puts in their place for one call
-            and isinstance(p, torch.nn.Parameter)
-            and p.is_leaf
-        ]
+        with torch._C.DisableTorchFunctionSubclass():  # what is asked here needs no rule, in every forward
+            found: list[Any] = [
+                p
+                for p in module.parameters()
+                if p.requires_grad
+                and p not in self._place
+                and is_mesh(p)
+                and p._spec.mesh.size() > 1  # alone there is nothing to sum
+                # not what `functional_call` puts in their place for one call
+                and isinstance(p, torch.nn.Parameter)
+                and p.is_leaf
+            ]
         first = len(self._buckets)
         places = buckets([p._local_tensor.numel() * p._local_tensor.element_size() for p in found])
         self._buckets += [[] for _ in range(max(places, default=-1) + 1)]
@@ -202,11 +204,13 @@ class Reducer:
     def _start_next(self, sums: Sums) -> None:
         groups: dict[tuple[Any, ...], list[Any]] = {}
         for p in _living(self._buckets[self._started]):
-            if p.grad is not None:
-                _as_summand(p.grad)
-            axes = () if p.grad is None else partial_axes(tuple(p.grad._spec.placements))
+            grad = p.grad
+            if grad is None:
+                continue
+            _as_summand(grad)
+            axes = partial_axes(tuple(grad._spec.placements))
             if axes:
-                groups.setdefault((axes, p.grad._local_tensor.dtype), []).append(p)
+                groups.setdefault((axes, grad._local_tensor.dtype), []).append(p)
         for (axes, _), parameters in groups.items():
             with _named():
                 self._flights.append(_Flight(parameters, axes))

@@ -8,6 +8,7 @@ each rank's own: what travels is the same.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from meshwright.parallel.rules.halo_conv import SpatialConv, Work
 from meshwright.parallel.signature import Conv, Signature, signature
 from meshwright.plan.geometry import Interval, chunks, reached
 
+WIDE_PLANE = 64  # outputs in a plane, of all samples: then the planes of a window cost more than the weight
 MAX_THIN = 8  # more output planes than this near a cut: one window is cheaper than plane by plane
 
 
@@ -109,9 +111,7 @@ def _planned(asked: _Asked) -> tuple[tuple[int, ...], Work]:
             args = (shape[i + 2], kernel[i], stride[i], dilation[i], ends[i][0])
             cuts.append(_cut(line, *args, chunks(sizes_out[i], line.ranks)))
     pads, settings = list(ends), Conv(stride, dilation, groups)
-    # A thin convolution reorders the weight anew, which costs more than laying planes next to a part that is smaller;
-    # in halves it stays, for torch's weight gradient of some such windows holds memory that nobody wrote.
-    light = math.prod(weight.shape) <= math.prod(local.shape) or local.dtype in (torch.bfloat16, torch.float16)
+    light = _is_light(local, weight, local_out, cuts)
     light = light and not as_matrix(local, weight, settings, local_out, "weight")
     hidden = light and all(_is_thin(cut, stride[cut.dim - 2]) for cut in cuts)
     for cut in cuts:
@@ -131,6 +131,15 @@ def _cut(line: Line, size: int, k: int, s: int, d: int, p: int, outs: tuple[Inte
     wanted = tuple(window[0] for window in windows)
     first, outputs = inside.lo - before, outs[line.me].size
     return Cut(line, chunks(size, line.ranks), wanted, first, outputs, (before, after), (k, s, d))
+
+
+def _is_light(local: Signature, weight: Signature, outputs: tuple[int, ...], cuts: Sequence[Cut]) -> bool:
+    """Whether planes are better convolved by themselves, for which the weight is reordered anew, than laid next to the
+    part, which is copied for that and computed with their number of planes more. In halves always: torch's weight
+    gradient of some such windows holds memory that nobody wrote."""
+    if local.dtype in (torch.bfloat16, torch.float16) or weight.numel() <= local.numel():
+        return True
+    return all(local.shape[0] * math.prod(outputs) >= WIDE_PLANE * outputs[cut.dim - 2] for cut in cuts)
 
 
 def _is_thin(cut: Cut, stride: int) -> bool:

@@ -22,7 +22,7 @@ from meshwright.parallel.functions import (
 from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import Placements, Shares, axis_of, shares, split_axes, splits
 from meshwright.parallel.mesh import sizes
-from meshwright.parallel.norm_kernels import is_centred, is_per_channel, moments
+from meshwright.parallel.norm_kernels import is_per_channel, moments
 from meshwright.parallel.redistribute import from_local, replicate, to_local
 from meshwright.parallel.rules.channel_norm import ChannelNorm
 from meshwright.parallel.rules.pointwise import aligned, cut
@@ -70,8 +70,8 @@ def _standardize(
 @torch.no_grad()
 def _channel_moments(local: torch.Tensor, mesh: DeviceMesh, parts: Shares, cause: Cause) -> Any:
     """Those of all ranks, unless this one's values are to be centred first."""
-    found = moments(local)
-    return merge_moments(found, mesh, parts, cause) if is_centred(local, found) else None
+    found, is_centred = moments(local)
+    return merge_moments(found, mesh, parts, cause) if is_centred else None
 
 
 def _keep_order(y: torch.Tensor) -> torch.Tensor:
@@ -130,8 +130,7 @@ def _update(running: Any, value: Any, momentum: float) -> None:
     if running._frozen_view or running.is_inference():
         running.add_(0)  # a copy goes home
     else:  # as a write to the mesh tensor does
-        for written in (local, running):
-            torch.autograd.graph.increment_version(written)
+        torch.autograd.graph.increment_version((local, running))
 
 
 @function(F.instance_norm, torch.instance_norm)

@@ -48,6 +48,8 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         """On the parts where rules made all operands, else as any elementwise operator."""
+        if not torch.is_grad_enabled():
+            return NotImplemented
         first: Any = None
         parts = []
         for value in args:
@@ -61,7 +63,7 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
                 return NotImplemented
             else:
                 parts.append(value)
-        if first is None or not torch.is_grad_enabled() or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
+        if first is None or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
             return NotImplemented
         if len(args) > place:
             return NotImplemented

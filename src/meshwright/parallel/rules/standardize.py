@@ -48,7 +48,7 @@ def _centred(x: torch.Tensor, dims: tuple[int, ...]) -> tuple[torch.Tensor, ...]
     near = x.sum(dims, keepdim=True) / max(1, here)
     centred = x - near
     if is_per_channel(x, dims):
-        rest, var = (tensor(t).view(near.shape) for t in norm_kernels.moments(centred))
+        rest, var = (tensor(t).view(near.shape) for t in norm_kernels.moments(centred)[0])
         return centred, near, near + rest, var
     rest = centred.sum(dims, keepdim=True).double() / max(1, here)
     var = centred.square().sum(dims, keepdim=True).double() / max(1, here) - rest * rest
