@@ -73,6 +73,8 @@ CASES = [
     pool("max", "k3_s2_p1", 3, 3, stride=2, padding=1, sample=True),
     pool("max", "k3_s1_p1", 3, 3, stride=1, padding=1),
     pool("max", "k2_ceil", 3, 2, ceil_mode=True),
+    pool("max", "k3_s2_p1_even", 2, 3, stride=2, padding=1, shape=(2, 4, 32, 13)),  # strips near the cuts
+    pool("max", "k5_s1_p2_even", 3, 5, stride=1, padding=2, shape=(2, 3, 24, 5, 6)),
     pool("avg", "k2_s1_p1", 2, 2, stride=1, padding=1),  # a whole dim that grows
     pool("avg", "k2_s1_p1", 3, 2, stride=1, padding=1),
     pool("avg", "k3_s2_p1", 1, 3, stride=2, padding=1),

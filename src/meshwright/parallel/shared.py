@@ -48,13 +48,16 @@ class _Memory:
         if len(self._places) >= MOST_PLACES:
             self._places.clear()
         found, at = [], 0
-        for part in parts:
-            count = part.numel()
-            line = (
-                torch.frombuffer(self._pages, dtype=part.dtype, count=count, offset=at) if count else part.new_empty(0)
-            )
-            found.append(line.view(part.shape))
-            at += count * part.element_size()
+        with torch.inference_mode(False):  # they will be written in training, too
+            for part in parts:
+                count = part.numel()
+                line = (
+                    torch.frombuffer(self._pages, dtype=part.dtype, count=count, offset=at)
+                    if count
+                    else torch.empty(0, dtype=part.dtype)
+                )
+                found.append(line.view(part.shape))
+                at += count * part.element_size()
         self._places[key] = found
         return found
 

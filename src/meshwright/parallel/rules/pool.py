@@ -18,6 +18,7 @@ import torch.nn.functional as F
 
 from meshwright.parallel.functions import function, tuple_of
 from meshwright.parallel.pool_kernels import MOST_TAPS, Boxes, average
+from meshwright.parallel.rules.edge_pool import EdgePool, edge_work
 from meshwright.parallel.rules.grids import Grid, far_dims, grids_of, shares
 from meshwright.parallel.rules.line_pool import LinePool, Windows
 from meshwright.parallel.rules.windows import Space, enter, fetch_windows, nothing, raster, result_dtype, unravelled
@@ -97,15 +98,25 @@ def max_pool(
     out_shape = _sizes(_MAX[n], tuple(input.shape), (*args, ceil_mode))
     kernel, stride, _, dilation = args
     space, local = enter(input, "max_pool")
-    outs, spans = _pooled(
-        space,
-        local,
-        out_shape,
-        grids,
-        -math.inf,
-        lambda window, pads, ceil: _tuple(_MAX[n](window, kernel, stride, pads, dilation, ceil, return_indices)),
-        lambda one: _MAX[n](one, 1),
-    )
+
+    def window(local: torch.Tensor) -> tuple[list[torch.Tensor], list[Interval]]:
+        return _pooled(
+            space,
+            local,
+            out_shape,
+            grids,
+            -math.inf,
+            lambda window, pads, ceil: _tuple(_MAX[n](window, kernel, stride, pads, dilation, ceil, return_indices)),
+            lambda one: _MAX[n](one, 1),
+        )
+
+    # halves would be rounded once for the strip and once for the rest
+    wide = local.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(local.device.type)
+    if wide and local.device.type == "cpu" and not (ceil_mode or return_indices):
+        work = edge_work(space, out_shape, grids)
+        if work is not None:
+            return space.done(EdgePool.apply(local, work, lambda local: window(local)[0][0]), out_shape)
+    outs, spans = window(local)
     y = space.done(outs[0], out_shape)
     if not return_indices:
         return y
