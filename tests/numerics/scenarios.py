@@ -52,6 +52,8 @@ SCENARIOS = [
     Scenario("conversion_after", corners.conversion_after),
     Scenario("numbers", corners.numbers),
     Scenario("few_values", corners.few_values, plans=("d4", "d2h2", "w4")),
+    Scenario("unread_planes", corners.unread_planes, plans=("d2", "h2", "d4", "d2h2")),
+    Scenario("axis_of_one_rank", corners.axis_of_one_rank, plans=("d4",)),
     Scenario("thin_transposed", corners.thin_transposed, plans=("w4", "w2"), limit=1e-5),
     Scenario("writes", corners.writes, plans=("d4", "d2h2", "n2d2")),
     Scenario("beyond_the_end", corners.beyond_the_end, plans=("d4", "d2h2", "n2d2")),

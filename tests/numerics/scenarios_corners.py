@@ -12,10 +12,12 @@ import torch.nn.functional as F
 from harness import error, plan_of, whole
 from scenario_kit import Errors, against, gradients, net, objective, pair, sample, state, trained
 from torch import Tensor, nn
+from torch.distributed.tensor import Shard
 
 import meshwright as mw
 from meshwright.errors import MeshwrightError
 from meshwright.parallel.tensor import MESH_TYPES
+from meshwright.plan.plan import Axis
 
 
 def full_tensor_loss(plan: mw.Plan) -> Errors:
@@ -247,6 +249,39 @@ def few_values(plan: mw.Plan) -> Errors:
         complex_value = torch.complex(value, value * value)
         var, mean = torch.var_mean(complex_value, dim=(2, 4))
         found.append({"var": whole(var), "mean": whole(torch.view_as_real(mean)), "std": whole(complex_value.std())})
+    return against(*found)
+
+
+def unread_planes(plan: mw.Plan) -> Errors:
+    """Infinities where no window reads leave the gradient of the weight finite, as on one device."""
+    found = []
+    for split in (True, False):
+        torch.manual_seed(0)
+        model: nn.Module = nn.Conv3d(3, 2, 3, stride=2).double()
+        x = sample(shape=(2, 3, 10, 10, 7))
+        x[:, :, 9] = x[:, :, :, 9] = torch.inf
+        if split:
+            model, x = mw.parallelize(model, plan), mw.shard(x, plan)
+        objective(model(x)).backward()
+        found.append(gradients(model))
+        assert all(grad.isfinite().all() for grad in found[-1].values())
+    for parameter in model.parameters():
+        del parameter.grad
+        assert parameter.grad is None
+    return against(*found)
+
+
+def axis_of_one_rank(plan: mw.Plan) -> Errors:
+    """A dim that is split over a single rank has its padding."""
+    lone = mw.Plan((Axis("height", 1, "height"), Axis("depth", plan.ranks, "depth")))
+    x = sample(shape=(2, 3, 32, 7, 6))
+    split = mw.shard(x, lone).redistribute(placements=(Shard(3), Shard(2)))
+    found = []
+    for value in (split, x):
+        value.requires_grad_()
+        y = F.max_pool3d(value, 3, 2, 1)
+        objective(y).backward()
+        found.append({"y": whole(y), "x": whole(value.grad)})
     return against(*found)
 
 

@@ -24,7 +24,7 @@ class Pad(NamedTuple):
 
     @classmethod
     def of(cls, before: int, after: int, stride: int, size: int, reach: int) -> Pad:
-        if after < 0 and (size + before - reach) // stride == (size + before + after - reach) // stride:
+        if after < 0 >= before and (size + before - reach) // stride == (size + before + after - reach) // stride:
             after = 0  # what no output reads need not be cut off, which is a copy where samples are several
         cut_before, cut_after = min(0, before), min(0, after)
         if max(before, after) > 0 and (size + cut_before + cut_after <= reach or max(before, after) >= reach):

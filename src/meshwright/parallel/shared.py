@@ -54,7 +54,7 @@ class _Memory:
                 line = (
                     torch.frombuffer(self._pages, dtype=part.dtype, count=count, offset=at)
                     if count
-                    else torch.empty(0, dtype=part.dtype)
+                    else torch.empty(0, dtype=part.dtype, device="cpu")
                 )
                 found.append(line.view(part.shape))
                 at += count * part.element_size()
@@ -111,7 +111,7 @@ class Channel:
         nbytes = sum(part.numel() * part.element_size() for part in parts)
         slot = self._free_slot(nbytes)
         for part, place in zip(parts, slot.memory.places(parts), strict=True):
-            place.copy_(part)
+            place.copy_(part.detach() if part.requires_grad else part)  # places stay: no graph is to hang on them
         slot.piece = self.bell.sent
         try:
             self.bell.tell_sent((slot.number, slot.file, slot.memory.size, nbytes))

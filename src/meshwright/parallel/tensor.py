@@ -129,6 +129,10 @@ class MeshOps:
         with torch._C.DisableTorchFunctionSubclass():
             _grad.__set__(self, value)
 
+    @grad.deleter
+    def grad(self) -> None:
+        self.grad = None
+
     def full_tensor(self, *, grad_placements: object = None) -> torch.Tensor:
         """The whole value on every rank as a plain tensor; differentiable, and collective where it is split."""
         from meshwright.parallel.redistribute import replicate, to_local

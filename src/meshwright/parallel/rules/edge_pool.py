@@ -78,7 +78,7 @@ class Work(NamedTuple):
 def edge_work(space: Space, out_shape: Sequence[int], grids: Sequence[Grid]) -> Work | None:
     """The work of this rank, if one dim alone needs other ranks, and on all of them the windows near a cut are few and
     the others those that torch's operator has on the part alone. The same answer on all ranks."""
-    lines = tuple(space.line(i + 2) for i in range(len(grids)))
+    lines = tuple(line if line and line.ranks > 1 else None for line in (space.line(i + 2) for i in range(len(grids))))
     return _planned(space.shape[2:], tuple(out_shape[2:]), tuple(grids), lines)
 
 
