@@ -265,9 +265,9 @@ def unread_planes(plan: mw.Plan) -> Errors:
         objective(model(x)).backward()
         found.append(gradients(model))
         assert all(grad.isfinite().all() for grad in found[-1].values())
-    for parameter in model.parameters():
-        del parameter.grad
-        assert parameter.grad is None
+        for parameter in model.parameters():
+            del parameter.grad
+            assert parameter.grad is None
     return against(*found)
 
 

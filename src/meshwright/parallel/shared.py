@@ -9,7 +9,6 @@ host can open it, and the end of a rank closes its pipes, which its neighbours s
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import select
 import threading
@@ -23,43 +22,12 @@ from typing import NamedTuple
 import torch
 
 from meshwright.parallel.bells import MOST_UNREAD, Bell, fence
+from meshwright.parallel.slots import Memory
 
 SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
 LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
-MOST_PLACES = 64  # kinds of pieces whose places in a slot are remembered
 MOST_LATE = 8  # unread pieces that nobody has asked for yet: half, for a neighbour may be as far ahead
 LONGEST_SLEEP_S = 0.05  # then the counters are looked at again
-
-
-class _Memory:
-    """Memory that one process writes and its neighbour reads."""
-
-    def __init__(self, file: int, size: int) -> None:
-        self.size = size
-        self._pages = mmap.mmap(file, size)
-        self._places: dict[tuple[object, ...], list[torch.Tensor]] = {}
-
-    def places(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Where the parts of a piece lie, one behind the other: the same pieces come in every step."""
-        key = (parts[0].dtype, *[part.shape for part in parts])
-        known = self._places.get(key)
-        if known is not None:
-            return known
-        if len(self._places) >= MOST_PLACES:
-            self._places.clear()
-        found, at = [], 0
-        with torch.inference_mode(False):  # they will be written in training, too
-            for part in parts:
-                count = part.numel()
-                line = (
-                    torch.frombuffer(self._pages, dtype=part.dtype, count=count, offset=at)
-                    if count
-                    else torch.empty(0, dtype=part.dtype, device="cpu")
-                )
-                found.append(line.view(part.shape))
-                at += count * part.element_size()
-        self._places[key] = found
-        return found
 
 
 @dataclass
@@ -68,7 +36,7 @@ class _Slot:
 
     number: int
     file: int
-    memory: _Memory
+    memory: Memory
     piece: int = -1
 
 
@@ -92,7 +60,7 @@ class Channel:
     bell: Bell
     _slots: list[_Slot] = field(default_factory=list)
     _made: int = 0
-    _theirs: dict[int, _Memory] = field(default_factory=dict)  # the neighbour's slots by number
+    _theirs: dict[int, Memory] = field(default_factory=dict)  # the neighbour's slots by number
     _expected: deque[_Expected] = field(default_factory=deque)  # in the order of the pieces to come
     _thread: int = 0  # who uses it now
     _waits_in: weakref.WeakSet[Channel] | None = None  # that thread's `_waiting()`
@@ -207,7 +175,7 @@ class Channel:
                 fold(addend, part, out=buffer)
         self.bell.tell_taken()
 
-    def _mapped(self, file: int, size: int) -> _Memory:
+    def _mapped(self, file: int, size: int) -> Memory:
         """Memory of the neighbour."""
         try:
             opened = os.open(f"/proc/{self.bell.pid}/fd/{file}", os.O_RDWR)
@@ -216,7 +184,7 @@ class Channel:
                 raise RuntimeError(f"Connection closed by peer: process {self.bell.pid} has ended ({error})") from error
             raise _cannot_open(error) from error
         try:
-            return _Memory(opened, size)
+            return Memory(opened, size)
         finally:
             os.close(opened)
 
@@ -234,7 +202,7 @@ class Channel:
         try:
             file = os.memfd_create("meshwright")
             os.ftruncate(file, size)
-            self._slots.append(_Slot(self._made, file, _Memory(file, size)))
+            self._slots.append(_Slot(self._made, file, Memory(file, size)))
         except OSError as error:
             raise _cannot_open(error) from error
         self._made += 1
