@@ -3,7 +3,7 @@
 Deep layers of a volume that is small or split have few positions left and most of the weights. torch's kernels
 reorder those weights on every call, which takes longer than the work at very few positions, and their gradient, which
 costs more at four times as many; a matrix product takes them where they lie. What the positions read is laid out as
-rows, at most a quarter of the weight in size. Pads may differ on the two sides, and no output is computed that is not
+rows, at most half of the weight in size. Pads may differ on the two sides, and no output is computed that is not
 wanted. Results have their channels together in memory (channels_last).
 """
 
@@ -22,8 +22,10 @@ from meshwright.parallel.signature import Conv, Like
 Pads = Sequence[tuple[int, int]]
 
 LARGE_WEIGHT = 3 << 18  # elements: in smaller ones the reordering costs less than the calls that are made here
-FEW_POSITIONS = 0.25  # of the number of output channels: gradients of weights, and whatever torch is slow at
-FEWEST_POSITIONS = 0.0625  # the same for outputs and gradients of inputs
+# Positions ÷ output channels up to which it is a matrix product:
+IMAGE_POSITIONS = 0.5  # the gradient of the weight for images
+FEW_POSITIONS = 0.25  # that for volumes, and whatever torch is slow at
+FEWEST_POSITIONS = 0.0625  # other outputs and gradients of inputs
 Of = Literal["output", "input", "weight"]
 OF: tuple[Of, ...] = ("output", "input", "weight")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -34,12 +36,18 @@ def is_matrix(x: Like, weight: Like, conv: Conv, out_sizes: Sequence[int], of: O
     matrix product."""
     if weight.numel() < LARGE_WEIGHT or conv.groups != 1 or x.device.type != "cpu" or x.dtype not in _DTYPES:
         return False
-    # torch leaves oneDNN for such volumes in fp32, which is slower still where channels lie together. Of lines (near a
-    # cut of images) it knows no channels_last, so it copies them and the weight.
-    slow = of == "output" and x.ndim == 5 and x.dtype == torch.float32 and not x.is_contiguous()
-    slow = slow or x.ndim == 3
-    few = FEW_POSITIONS if slow or of == "weight" else FEWEST_POSITIONS
-    return x.shape[0] * math.prod(out_sizes) <= few * weight.shape[0]
+    return x.shape[0] * math.prod(out_sizes) <= _few(x, of) * weight.shape[0]
+
+
+def _few(x: Like, of: Of) -> float:
+    """Positions ÷ output channels up to which a matrix product is faster (docs/constants.md)."""
+    if of == "weight":
+        return IMAGE_POSITIONS if x.ndim == 4 else FEW_POSITIONS
+    # Of lines (near a cut of images) torch knows no channels_last, so it copies them and the weight. For volumes in
+    # fp32 it leaves oneDNN, which is slower still where channels lie together. Weights of images it reorders.
+    together, full = not x.is_contiguous(), x.dtype == torch.float32
+    slow = (full or of == "input") if x.ndim == 4 else (full and of == "output")
+    return FEW_POSITIONS if x.ndim == 3 or (together and slow) else FEWEST_POSITIONS
 
 
 def forward(
