@@ -103,6 +103,13 @@ def counted(plan: mw.Plan) -> Errors:
                 F.relu(value, inplace=True)
                 seen["slice"], seen["whole"] = part + 0, apart + 0
                 seen["writes"] = torch.tensor(float(value._version - before))
+                other = apart.clone()
+                with torch.no_grad():  # as optimisers write
+                    before, part = other._version, other[:, :, 1:4]
+                    other.add_(apart, alpha=0.5)
+                    other.mul_(0.5)
+                seen["slice without graph"] = part + 0
+                seen["writes without graph"] = torch.tensor(float(other._version - before))
 
         return at, lambda loss: loss.backward()
 

@@ -93,6 +93,15 @@ class MeshOps:
         """The number of dims."""
         return len(self._spec.shape)
 
+    def dim(self) -> int:
+        """The number of dims."""
+        return len(self._spec.shape)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether the part is (optimisers ask that of every gradient)."""
+        return self._local_tensor.is_sparse
+
     @property
     def dtype(self) -> torch.dtype:
         """The type of the numbers."""

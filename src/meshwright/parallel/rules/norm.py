@@ -127,7 +127,7 @@ def _update(running: Any, value: Any, momentum: float) -> None:
         held += momentum * (value - held)
     else:
         local.lerp_(tensor(value).to(local.dtype), momentum)
-    if running._frozen_view or running.is_inference():
+    if running._frozen_view or local.is_inference():
         running.add_(0)  # a copy goes home
     else:  # as a write to the mesh tensor does
         torch.autograd.graph.increment_version((local, running))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from meshwright.parallel.at_once import at_once
 from meshwright.parallel.functions import function
 from meshwright.parallel.history import direct
 from meshwright.parallel.redistribute import from_local_alike, written
@@ -49,7 +50,7 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
     def rule(*args: Any, **kwargs: Any) -> Any:
         """On the parts where rules made all operands, else as any elementwise operator."""
         if not torch.is_grad_enabled():
-            return NotImplemented
+            return _unrecorded(func, args, kwargs) if writes else NotImplemented
         first: Any = None
         parts = []
         for value in args:
@@ -72,6 +73,14 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
         return from_local_alike(func(*parts, **kwargs), first)
 
     return rule
+
+
+def _unrecorded(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """In place where no graph is kept: as optimisers write every parameter, at half the cost of the way of operators."""
+    result = at_once(func, args, kwargs, True, False)
+    if result is not NotImplemented and not result._local_tensor.is_inference():
+        torch.autograd.graph.increment_version(result)  # as torch counts a write to the mesh tensor
+    return result
 
 
 def _written(func: Callable[..., Any], x: Any, parts: list[Any], kwargs: Any) -> Any:
