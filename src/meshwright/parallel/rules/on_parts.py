@@ -76,7 +76,7 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _unrecorded(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """In place where no graph is kept: as optimisers write every parameter, at half the cost of the way of operators."""
+    """In place where no graph is kept, as optimisers write: at half the cost of the way of operators."""
     result = at_once(func, args, kwargs, True, False)
     if result is not NotImplemented and not result._local_tensor.is_inference():
         torch.autograd.graph.increment_version(result)  # as torch counts a write to the mesh tensor
