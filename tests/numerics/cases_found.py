@@ -13,6 +13,13 @@ def _products(x: Tensor) -> Tensor:
     return torch.log_softmax(rows @ rows.transpose(1, 2), -1)
 
 
+def _centred(x: Tensor) -> Tensor:
+    """A sum over split space less the mean of its single entry: exactly nothing on one device."""
+    rows = x.flatten(2)
+    product = rows @ rows.transpose(1, 2)
+    return product - product.mean(1, True)
+
+
 class Correlated(nn.Module):
     """A gradient that is split and not yet summed at once."""
 
@@ -34,6 +41,7 @@ def _shifted(groups: int, channels: int) -> nn.Module:
 
 CASES = [
     Case("found_function_of_summands", lambda: Call(_products), (Input((2, 3, 5, 4, 4)),), sample=True, strict=False),
+    Case("found_difference_of_a_sum", lambda: Call(_centred), (Input((1, 1, 5, 7, 3)),), strict=False),
     Case("found_split_unsummed_gradient", Correlated, (Input((2, 2, 5, 6, 3)),), sample=True, strict=False),
     Case("found_norm_of_one_position", lambda: nn.GroupNorm(1, 4), (Input((1, 4, 1, 1, 1)),), strict=False),
     Case("found_group_norm_small_parts", lambda: _shifted(2, 2), (Input((4, 2, 1, 1, 1)),), strict=False),

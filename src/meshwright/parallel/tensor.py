@@ -23,6 +23,7 @@ from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from meshwright.cluster.process_group import when_leaving
 from meshwright.errors import UnsupportedError
 from meshwright.parallel.account import Ledger, where
+from meshwright.parallel.answers import Answers
 from meshwright.parallel.history import EDGE, node_of, observed
 from meshwright.parallel.layout import Placements, global_strides
 
@@ -30,7 +31,6 @@ FUNCTIONS: dict[Callable[..., Any], Callable[..., Any]] = {}
 _dispatch: Callable[..., Any] | None = None
 _DETACH = torch.ops.aten.detach.default
 _version, _output_nr = (torch._C.TensorBase.__dict__[name].__get__ for name in ("_version", "output_nr"))
-_grad = torch._C.TensorBase.__dict__["grad"]
 _specs: dict[tuple[object, ...], DTensorSpec] = {}
 when_leaving(_specs.clear)  # they hold meshes, which hold groups
 
@@ -41,16 +41,13 @@ def set_dispatcher(dispatcher: Callable[..., Any]) -> None:
     _dispatch = dispatcher
 
 
-class MeshOps:
+class MeshOps(Answers):
     """What split activations and parameters share: their operations are routed to the rules."""
 
-    _local_tensor: torch.Tensor
-    _spec: DTensorSpec
     _frozen_view: bool = False  # a copy that one device would hold as a view
     _source: Any = None  # of such a copy: where it comes from (see copies.py)
     _history: tuple[torch.Tensor, Any] | None = None  # see `history`
     _way: str | None = None  # "part" once a rule went on from it, "node" once somebody looked at the graph before
-    _keeper: Any = None  # of a gradient that is retained on the part (see history.py)
 
     @classmethod
     def __torch_function__(
@@ -75,100 +72,6 @@ class MeshOps:
             return alike(args[0]._local_tensor, args[0])
         assert _dispatch is not None
         return _dispatch(func, args, kwargs or {})
-
-    def __repr__(self, *, tensor_contents: object = None) -> str:
-        kind = type(self).__name__
-        axes = self._spec.mesh.mesh_dim_names or ()
-        places = ", ".join(f"{name}: {p}" for name, p in zip(axes, self._spec.placements, strict=False))
-        shape = tuple(self._spec.shape)
-        return f"{kind}(shape={shape}, dtype={self._local_tensor.dtype}, {places}, local={self._local_tensor})"
-
-    @property
-    def shape(self) -> torch.Size:
-        """The global shape (torch's own getter would come by `__torch_function__`, at twenty times the cost)."""
-        return self._spec.shape
-
-    @property
-    def ndim(self) -> int:
-        """The number of dims."""
-        return len(self._spec.shape)
-
-    def dim(self) -> int:
-        """The number of dims."""
-        return len(self._spec.shape)
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether the part is (optimisers ask that of every gradient)."""
-        return self._local_tensor.is_sparse
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The type of the numbers."""
-        return self._local_tensor.dtype
-
-    @property
-    def device(self) -> torch.device:
-        """That of this rank's part."""
-        return self._local_tensor.device
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """The mesh of ranks."""
-        return self._spec.mesh
-
-    @property
-    def placements(self) -> Placements:
-        """For each mesh axis: Shard(dim), Replicate or Partial."""
-        return tuple(self._spec.placements)
-
-    @property
-    def grad(self) -> Any:
-        """The gradient, if this is a leaf or retains it (as `shape`: optimisers ask each parameter several times)."""
-        if self._keeper is not None:
-            return self._keeper.gradient()
-        with torch._C.DisableTorchFunctionSubclass():
-            return _grad.__get__(self)
-
-    @grad.setter
-    def grad(self, value: Any) -> None:
-        if self._keeper is not None:
-            self._keeper.set(value)
-            return
-        with torch._C.DisableTorchFunctionSubclass():
-            _grad.__set__(self, value)
-
-    @grad.deleter
-    def grad(self) -> None:
-        self.grad = None
-
-    def full_tensor(self, *, grad_placements: object = None) -> torch.Tensor:
-        """The whole value on every rank as a plain tensor; differentiable, and collective where it is split."""
-        from meshwright.parallel.redistribute import replicate, to_local
-
-        return to_local(replicate(self), direct=False)
-
-    def to_local(self, *, grad_placements: object = None) -> torch.Tensor:
-        """This rank's part as a plain tensor; its gradient is the gradient of that part."""
-        from meshwright.parallel.redistribute import to_local
-
-        return to_local(self, direct=False)  # a tensor of its own, whatever the user does with it
-
-    def redistribute(self, device_mesh: Any = None, placements: Any = None, **options: Any) -> Any:
-        """The same value, placed otherwise on the same mesh; differentiable."""
-        from meshwright.parallel.redistribute import redistribute
-
-        if device_mesh is not None and device_mesh != self._spec.mesh:
-            raise UnsupportedError("redistribute: the tensor cannot move to another mesh; use the mesh it is on")
-        return redistribute(self, tuple(self._spec.placements if placements is None else placements))
-
-    def tolist(self) -> Any:
-        """The global values as nested lists."""
-        return self.full_tensor().detach().tolist()
-
-    def numpy(self, *, force: bool = False) -> Any:
-        """The global value as an array (collective where the tensor is split)."""
-        return self.full_tensor().numpy(force=force)
 
 
 def _no_flattening(self: object) -> None:

@@ -159,7 +159,9 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
         target = tuple(
             b if partial_axes((b,)) else a for a, b in zip(left._spec.placements, right._spec.placements, strict=True)
         )
-        if not splits(target):
+        # A sum less itself (a mean over one entry) is exactly nothing, which summands less a sum are not.
+        differs = func is aten.sub.Tensor and left._spec.placements != right._spec.placements
+        if not splits(target) and not differs:
             a, b = placed(left, target, cause), placed(right, target, cause)
             if func is aten.add_.Tensor:  # gradients that accumulate: a sum may become a summand again
                 local = a.add_(b, **kwargs)
