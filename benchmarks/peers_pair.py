@@ -32,9 +32,12 @@ class Pair:
         checkout: str,
         ranks: int = 2,
         script: Path = RANK,
+        source: Path | None = None,  # of another Meshwright than the one installed
     ):
         self.ranks: list[subprocess.Popen[bytes]] = []
         settings = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        if source is not None:
+            settings["PYTHONPATH"] = str(source)
         for rank in range(ranks):
             with open(folder / f"{name}-{rank}.log", "w", encoding="utf-8") as log:
                 process = subprocess.Popen(

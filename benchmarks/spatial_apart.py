@@ -6,6 +6,8 @@ tell the one from the other: with Meshwright's choice of kernels ("tuned"), and 
 
     python benchmarks/spatial_apart.py --ranks 1 --dtype bf16            # the benchmark U-Net, 96 cubed, 21 rounds
     python benchmarks/spatial_apart.py --network resnet18 --dtype fp32   # two ranks against two halves that never talk
+    git worktree add ../before COMMIT
+    python benchmarks/spatial_apart.py --network resnet18 --before ../before   # what a change gains, in one run
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ import meshwright as mw
 from meshwright.cluster.pages import keep_pages
 
 NAMES = ("plain torch", "tuned halves", "kept halves", "meshwright")
+BEFORE = "before"  # Meshwright of another checkout
 
 
 def names(ranks: int) -> tuple[str, ...]:
@@ -66,15 +69,21 @@ def serve(
     dist.destroy_process_group()
 
 
-def timed(what: str, edge: int, dtype: str, rounds: int, launches: int) -> dict[str, list[float]]:
-    """Seconds of the slowest rank in each round, in fresh processes for each launch."""
-    order, timed_names = random.Random(0), names(int(what.split()[1]))
+def timed(
+    what: str, edge: int, dtype: str, rounds: int, launches: int, before: Path | None = None
+) -> dict[str, list[float]]:
+    """Seconds of the slowest rank in each round, in fresh processes for each launch. `before`: of that checkout too."""
+    order, timed_names = random.Random(0), names(int(what.split()[1])) + ((BEFORE,) if before else ())
     seconds: dict[str, list[float]] = {name: [] for name in timed_names}
     for _ in range(launches):
         with tempfile.TemporaryDirectory() as folder:
             there = Path(folder)
-            given = sys.executable, edge, dtype, there, what, int(what.split()[1]), Path(__file__)
-            pairs = {name: Pair(name, *given) for name in timed_names}
+            python, rest = (sys.executable, edge, dtype), (what, int(what.split()[1]))
+            pairs = {name: Pair(name, *python, there, *rest, Path(__file__)) for name in timed_names if name in NAMES}
+            if before:
+                (there / BEFORE).mkdir()
+                script = before / "benchmarks" / Path(__file__).name
+                pairs[BEFORE] = Pair("meshwright", *python, there / BEFORE, *rest, script, before / "src")
             try:
                 for pair in pairs.values():
                     pair.ask()
@@ -98,17 +107,21 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="samples of a step")
     parser.add_argument("--rounds", type=int, default=21, help="counted rounds of each launch")
     parser.add_argument("--launches", type=int, default=1, help="how often all of it runs, in fresh processes")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="time the Meshwright of this checkout as well")
     options = parser.parse_args()
+    before = options.before and options.before.resolve()
+    if before and not (before / "benchmarks" / Path(__file__).name).is_file():
+        parser.error(f"--before {options.before}: no checkout of Meshwright with benchmarks/{Path(__file__).name}")
     size = options.size or NETWORKS[options.network].edge
     print(
         f"torch {torch.__version__}, {options.network}, {options.batch} of edge {size}, {options.dtype}, "
         f"{options.ranks} rank(s), {options.launches} × {options.rounds} rounds"
     )
     what = f"{options.network} {options.ranks} {options.batch}"
-    seconds = timed(what, size, options.dtype, options.rounds, options.launches)
+    seconds = timed(what, size, options.dtype, options.rounds, options.launches, before)
     for name, values in seconds.items():
         print(f"  {name:12s} {statistics.median(values):8.4f} s  (min {min(values):.4f}, max {max(values):.4f})")
-    for name in names(options.ranks)[:-1]:
+    for name in (name for name in seconds if name != NAMES[-1]):
         middle, low, high = ratio(seconds["meshwright"], seconds[name], options.launches)
         print(f"  meshwright / {name:12s} {middle:.3f}  [{low:.3f}, {high:.3f}]")
 

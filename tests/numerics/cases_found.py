@@ -17,7 +17,8 @@ def _centred(x: Tensor) -> Tensor:
     """A sum over split space less the mean of its single entry: exactly nothing on one device."""
     rows = x.flatten(2)
     product = rows @ rows.transpose(1, 2)
-    return product - product.mean(1, True)
+    mean = product.mean(1, True)
+    return (product - mean) + (product + -mean)
 
 
 class Correlated(nn.Module):

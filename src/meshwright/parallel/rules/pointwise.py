@@ -159,9 +159,10 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
         target = tuple(
             b if partial_axes((b,)) else a for a, b in zip(left._spec.placements, right._spec.placements, strict=True)
         )
-        # A sum less itself (a mean over one entry) is exactly nothing, which summands less a sum are not.
-        differs = func is aten.sub.Tensor and left._spec.placements != right._spec.placements
-        if not splits(target) and not differs:
+        # A sum may join summands where gradients accumulate. Else a sum less itself (its mean over one entry), which is
+        # exactly nothing, would leave rounding errors.
+        alike = left._spec.placements == right._spec.placements
+        if not splits(target) and (alike or torch._C._current_graph_task_id() != -1):
             a, b = placed(left, target, cause), placed(right, target, cause)
             if func is aten.add_.Tensor:  # gradients that accumulate: a sum may become a summand again
                 local = a.add_(b, **kwargs)
