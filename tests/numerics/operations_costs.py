@@ -11,7 +11,7 @@ NONE = "nothing"
 WINDOW = "positions that the outputs of a rank read and it does not own × the other dims of its part"
 SUMS = "one to three numbers for each element of the result × 2 (ranks − 1) / ranks, where a reduced dim is split"
 SWAP = "the local part × (ranks − 1) / ranks, there and back (all-to-all)"
-CHANNELS = "a split channel dim is gathered"
+CHANNELS = "a split of channels moves to where the plan has it, all-to-all; if that dim is split already: gathered"
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,11 @@ COSTS: dict[str, Cost] = {
     "backward": Cost(NONE),
     "channels": Cost(f"{WINDOW}; pixel shuffles whose chunks line up send nothing", CHANNELS),
     "composed": Cost("what the functions that it is made of send"),
-    "conv": Cost(f"{WINDOW}: [a·s − p, (b − 1)·s − p + d·(k − 1) + 1) less the own chunk", CHANNELS),
+    "conv": Cost(
+        f"{WINDOW}: [a·s − p, (b − 1)·s − p + d·(k − 1) + 1) less the own chunk; by filters (images whose weights "
+        "outnumber the input) the part × (ranks − 1), backward what others own of the input",
+        CHANNELS,
+    ),
     "conv_transpose": Cost(
         f"{WINDOW}: ⌈(a + p − d·(k − 1)) / s⌉ … ⌊(b − 1 + p) / s⌋ less the own chunk; nothing for k = s", CHANNELS
     ),
@@ -49,7 +53,8 @@ COSTS: dict[str, Cost] = {
     "margins": Cost("one number for each loss, to the other ranks", "a split dim of classes is gathered"),
     "matmul": Cost("a split contraction: the result × 2 (ranks − 1) / ranks, once, when the sum is needed"),
     "norm": Cost(
-        "2 numbers for each channel (batch), or sample and group, forward and backward, to the ranks that share it",
+        "2 numbers for each channel (batch), or sample and group, forward and backward, to the ranks that share it; of "
+        "split channels the running ones, forward",
         CHANNELS,
     ),
     "on_parts": Cost("nothing: elementwise between two rules, on the parts themselves", "as all elementwise work"),

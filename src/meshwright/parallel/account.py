@@ -56,6 +56,7 @@ class Ledger:
     seed: int = 0
     entries: dict[tuple[str, str], Entry] = field(default_factory=dict)
     calls: int = 0  # forward calls so far: the clock of the random streams
+    by_filters: bool = False  # a convolution was split by filters, so outputs may be split by channels
 
     def __deepcopy__(self, memo: dict[int, object]) -> Ledger:
         return Ledger(strict=self.strict, seed=self.seed, calls=self.calls)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from meshwright.cluster.agree import assert_same_on_all_ranks
 from meshwright.cluster.pages import keep_pages
@@ -17,6 +18,7 @@ from meshwright.cluster.pages import wanted as wanted_of_pages
 from meshwright.errors import PlanError, UnsupportedError
 from meshwright.parallel import rules as _rules  # noqa: F401  (importing registers the rules)
 from meshwright.parallel.account import Ledger, where
+from meshwright.parallel.functions import sent_home
 from meshwright.parallel.layout import REPLICATE, Placements, local_shape, replicated
 from meshwright.parallel.mesh import default_device, mesh_of
 from meshwright.parallel.randomness import forward_seeded
@@ -194,12 +196,23 @@ class _Enter:
 
 
 class _Leave:
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> None:
+    """The way out; at the root what convolutions split by channels is split as the plan says."""
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         if not where.stack:  # the module failed before it entered
-            return
-        ledger, _ = where.stack.pop()
-        if not _runs(ledger):
-            forward_seeded.leave(ledger)
+            return None
+        ledger, _ = where.stack[-1]
+        try:
+            in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint repeats an inner module
+            if ledger.by_filters and len(where.stack) == 1 and not in_backward:
+                home = tree_map_only(MeshTensor, lambda x: sent_home(x, [1], "output"), output)
+                pairs = zip(tree_leaves(home), tree_leaves(output), strict=True)
+                return home if any(new is not old for new, old in pairs) else None
+        finally:
+            where.stack.pop()
+            if not _runs(ledger):
+                forward_seeded.leave(ledger)
+        return None
 
 
 def ledger(model: nn.Module) -> Ledger:

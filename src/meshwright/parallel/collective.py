@@ -128,6 +128,54 @@ class Sum:
                 result.copy_(value)
 
 
+class Parts:
+    """What each rank of a group has of some tensors, under way to all others.
+
+    `mine` are contiguous 1-D tensors of one dtype, and so are those where the others' go: `theirs`, by rank. None of
+    them may be touched until `wait` returns. For a `SumQueue` it is a sum of which nothing is folded.
+    """
+
+    def __init__(
+        self, mine: Sequence[torch.Tensor], theirs: dict[int, list[torch.Tensor]], group: dist.ProcessGroup
+    ) -> None:
+        known = channels(group) if mine[0].device.type == "cpu" else {}
+        self._theirs = theirs
+        self._known = [known[peer] for peer in theirs] if known else []
+        self._flat: dict[int, torch.Tensor] = {}
+        self._transfer: Transfer | None = None
+        if known:
+            for peer, into in theirs.items():
+                known[peer].expect(into)
+            for channel in self._known:
+                channel.send(mine, exchange_timeout_s)
+            return
+        flat = torch.cat(list(mine))
+        self._flat = {peer: flat.new_empty(sum(t.numel() for t in into)) for peer, into in theirs.items()}
+        self._transfer = Transfer(group, [(peer, flat) for peer in theirs], list(self._flat.items()))
+
+    def fold(self, wait: bool = True, *, apart: bool = False) -> bool:
+        """Take what has arrived (with `wait`: all); whether nobody waits for this rank to take more."""
+        pairs = list(zip(self._known, self._theirs.values(), strict=False))
+        if wait:
+            for channel, into in pairs:
+                channel.receive(into, exchange_timeout_s)
+        return not any(channel.expects(into) for channel, into in pairs)
+
+    def is_complete(self) -> bool:
+        """Whether all parts are here, once it is folded."""
+        return self._transfer is None or self._transfer.is_complete()
+
+    def wait(self) -> None:
+        """Until all parts are where they belong. Raises RuntimeError when a rank is dead or late."""
+        self.fold()
+        if self._transfer is None:
+            return
+        self._transfer.wait()
+        for peer, into in self._theirs.items():
+            for buffer, part in zip(into, self._flat[peer].split([t.numel() for t in into]), strict=True):
+                buffer.copy_(part)
+
+
 class SumQueue:
     """Sums under way one behind the other, few of them not yet folded: a rank that runs ahead waits there.
 
@@ -139,10 +187,10 @@ class SumQueue:
 
     def __init__(self) -> None:
         self.added = 0
-        self._open: deque[Sum] = deque()
-        self._folded: list[Sum] = []
+        self._open: deque[Sum | Parts] = deque()
+        self._folded: list[Sum | Parts] = []
 
-    def add(self, total: Sum) -> None:
+    def add(self, total: Sum | Parts) -> None:
         """Fold what others wait for and what has waited long, take what has come back, and take in one more."""
         while self._open and self._open[0].fold(wait=len(self._open) >= MOST_UNFOLDED, apart=True):
             self._folded.append(self._open.popleft())
@@ -154,7 +202,7 @@ class SumQueue:
         """Let go of sums that are here."""
         self._folded = [folded for folded in self._folded if not folded.is_complete()]
 
-    def fold(self, mine: Iterable[Sum]) -> None:
+    def fold(self, mine: Iterable[Sum | Parts]) -> None:
         """Wait until `mine` are folded. Those of others that stand before them only make room."""
         awaited = set(mine) & set(self._open)
         while awaited:

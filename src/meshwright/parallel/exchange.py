@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.account import layer, totals
 from meshwright.parallel.comm import Cause, dense_strides, wait
+from meshwright.parallel.functions import sent_home
 from meshwright.parallel.layout import axis_of
 from meshwright.parallel.mesh import coordinates, group, sizes
 from meshwright.parallel.redistribute import to_local
@@ -118,7 +119,7 @@ class Posted:
         return self._pieces
 
 
-def _fetch(local: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
+def fetched(local: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
     """The wanted interval of this rank, from `local` and the other ranks."""
     posted = Posted(local, owned, wanted, line)
     own, want = owned[line.me], wanted[line.me]
@@ -133,13 +134,21 @@ def _fetch(local: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line)
     return parts[0][1] if len(parts) == 1 else torch.cat([part for _, part in parts], dim=line.dim)
 
 
-def _return(grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
-    """The adjoint of `_fetch`: each wanted position of `grad` goes home to its owner, who adds in rank order."""
+def returned(grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> Callable[[], torch.Tensor]:
+    """The adjoint of `fetched`, under way: each wanted position of `grad` goes home to its owner, who adds in the order
+    of the ranks when it is called."""
     posted = Posted(grad, wanted, owned, line)
+    return partial(_added, posted, grad, owned, wanted)
+
+
+def _added(posted: Posted, grad: torch.Tensor, owned: Intervals, wanted: Intervals) -> torch.Tensor:
+    line = posted.line
     own, want = owned[line.me], wanted[line.me]
     shape = list(grad.shape)
     shape[line.dim] = own.size
-    out = torch.empty_strided(shape, dense_strides(grad, shape), dtype=grad.dtype, device=grad.device)
+    is_many = sum(piece_span.size for piece_span, _, _ in posted._pieces) > own.size  # halves are added up in fp32
+    dtype = torch.float32 if is_many and grad.dtype in (torch.bfloat16, torch.float16) else grad.dtype
+    out = torch.empty_strided(shape, dense_strides(grad, shape), dtype=dtype, device=grad.device)
     span = own.meet(want)
     lo, hi = (span.lo, span.hi) if span.size else (own.lo, own.lo)
     for ends in (Interval(own.lo, lo), Interval(hi, own.hi)):  # what this rank did not want itself
@@ -149,16 +158,16 @@ def _return(grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line)
         out.narrow(line.dim, span.lo - own.lo, span.size).copy_(mine)
     for piece_span, _, piece in sorted(posted.pieces(), key=lambda entry: entry[1]):
         out.narrow(line.dim, piece_span.lo - own.lo, piece_span.size).add_(piece)
-    return out
+    return out.to(grad.dtype)
 
 
 class Fetch(Function):
-    """Differentiable `_fetch`; its gradient is `Return`, whose gradient is `Fetch` again."""
+    """Differentiable `fetched`; its gradient is `Return`, whose gradient is `Fetch` again."""
 
     @staticmethod
     def forward(ctx: Any, local: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
         ctx.plan = owned, wanted, line
-        return _fetch(local, owned, wanted, line)
+        return fetched(local, owned, wanted, line)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -166,12 +175,12 @@ class Fetch(Function):
 
 
 class Return(Function):
-    """Differentiable `_return`."""
+    """Differentiable `returned`."""
 
     @staticmethod
     def forward(ctx: Any, grad: torch.Tensor, owned: Intervals, wanted: Intervals, line: Line) -> torch.Tensor:
         ctx.plan = owned, wanted, line
-        return _return(grad, owned, wanted, line)
+        return returned(grad, owned, wanted, line)()
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -190,9 +199,12 @@ def window(x: Any, dim: int, lo: Sequence[int], hi: Sequence[int]) -> torch.Tens
     """For each rank along the axis that splits `dim` of mesh tensor `x`, the global interval `[lo[i], hi[i])`.
 
     Returns this rank's interval as a plain local tensor; differentiable (backward sends home and adds), collective.
-    Intervals must lie in `[0, x.shape[dim])`. If no axis splits `dim`, `lo` and `hi` have one entry.
+    Intervals must lie in `[0, x.shape[dim])`. If no axis splits `dim`, `lo` and `hi` have one entry. What convolutions
+    split by channels is first split as the plan says.
     """
     dim %= x.ndim
+    if dim != 1 and x._ledger is not None and x._ledger.by_filters:
+        x = sent_home(x, [1], "window")
     axis = axis_of(tuple(x._spec.placements), dim)
     local = to_local(x)
     if axis is None:

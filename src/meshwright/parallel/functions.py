@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Shard
 
 from meshwright.errors import StrictError, UnsupportedError
 from meshwright.parallel.account import layer, nobody, totals
 from meshwright.parallel.comm import Cause
-from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits
+from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits, with_axis
+from meshwright.parallel.mesh import home_dim
 from meshwright.parallel.redistribute import from_local, redistribute
 from meshwright.parallel.tensor import FUNCTIONS, is_mesh, ledger_of, wrap
 
@@ -64,11 +66,15 @@ def cause_for(op: str, *values: Any) -> Cause:
 
 
 def gathered(x: Any, dims: Sequence[int], op: str) -> Any:
-    """`x` made whole along `dims` because `op` has no split form there: reported once, or refused when strict.
+    """`x` made whole along `dims` because `op` has no split form there: by an all-to-all where another dim can take the
+    split, as after convolutions by filters. Else it is gathered, which is reported once, or refused when strict.
 
-    Raises `StrictError` before any communication.
+    Raises `StrictError` before any gather.
     """
-    hit = [dim for _, dim in splits(placements_of(x)) if dim in dims]
+    if not _hit(x, dims):
+        return x
+    x = sent_home(x, dims, op)
+    hit = _hit(x, dims)
     if not hit:
         return x
     cause = cause_for(op, x)
@@ -83,6 +89,22 @@ def gathered(x: Any, dims: Sequence[int], op: str) -> Any:
     totals.gathered_bytes += nbytes
     (cause.ledger or nobody).gathered(*cause.place, nbytes)
     return whole
+
+
+def _hit(x: Any, dims: Sequence[int]) -> list[int]:
+    """Those of `dims` that are split."""
+    return [dim for _, dim in splits(placements_of(x)) if dim in dims]
+
+
+def sent_home(x: Any, dims: Sequence[int], op: str) -> Any:
+    """`x` with splits of `dims` moved to where the plan has them, if nothing splits that dim already: an all-to-all."""
+    held = placements = placements_of(x)
+    mesh, taken = x._spec.mesh, [dim for _, dim in splits(held)]
+    for axis, dim in splits(held):
+        home = home_dim(mesh, axis, x.ndim) if dim in dims else None
+        if home is not None and home not in (*dims, *taken):
+            placements, taken = with_axis(placements, axis, Shard(home)), [*taken, home]
+    return x if placements == held else redistribute(x, placements, cause_for(op, x))
 
 
 def made_whole(x: Any, dims: Sequence[int], cause: Cause) -> Any:

@@ -45,6 +45,13 @@ def mesh_of(plan: Plan, device_type: str) -> DeviceMesh:
 
 
 @lru_cache(maxsize=1024)
+def home_dim(mesh: DeviceMesh, axis: int, ndim: int) -> int | None:
+    """The dim that the plan splits along `axis` in a tensor of `ndim` dims in the customary order (see `Plan.dims`)."""
+    plan = next((key[0] for key, known in _meshes.items() if known is mesh), None)
+    return plan.dims(ndim)[axis] if isinstance(plan, Plan) and 2 <= ndim <= 5 else None
+
+
+@lru_cache(maxsize=1024)
 def group(mesh: DeviceMesh, axis: int) -> dist.ProcessGroup:
     """The process group of this rank along a mesh axis; the rank within it is the coordinate."""
     return mesh.get_group(axis)
@@ -82,7 +89,7 @@ def reduction_groups(mesh: DeviceMesh) -> tuple[dist.ProcessGroup, DeviceMesh]:
 
 def _forget() -> None:
     _meshes.clear()
-    for cached in (group, coordinates, sizes, reduction_groups):
+    for cached in (home_dim, group, coordinates, sizes, reduction_groups):
         cached.cache_clear()
 
 

@@ -19,7 +19,7 @@ from meshwright.parallel.account import Ledger, layer
 from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce, swap_dims
 from meshwright.parallel.history import direct as history_of
 from meshwright.parallel.history import node_of
-from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits
+from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, partial_axes, replicated, splits, with_axis
 from meshwright.parallel.mesh import coordinates, sizes
 from meshwright.parallel.tensor import MeshTensor, alike, fresh, is_mesh, wrap
 from meshwright.plan.geometry import chunk
@@ -169,6 +169,34 @@ def to_local(x: Any, grad_axes: tuple[int, ...] = (), *, direct: bool = True) ->
     if partial_axes(tuple(x._spec.placements)):
         x = redistribute(x, tuple(REPLICATE if isinstance(p, Partial) else p for p in x._spec.placements))
     return _ToLocal.apply(x, grad_axes)
+
+
+class _ToPart(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Any, axis: int, grad_axes: tuple[int, ...]) -> torch.Tensor:
+        mesh, shape = x._spec.mesh, tuple(x._spec.shape)
+        held = tuple(PARTIAL if other in grad_axes else REPLICATE for other in range(mesh.ndim))
+        ctx.source = mesh, with_axis(held, axis, Shard(0)), shape, x._ledger
+        span = chunk(shape[0], sizes(mesh)[axis], coordinates(mesh)[axis])
+        part: torch.Tensor = x._local_tensor.narrow(0, span.lo, span.size)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        if _is_plain_backward():
+            return wrap(same(grad), *ctx.source), None, None
+        return _FromLocal.apply(grad, *ctx.source), None, None
+
+
+def to_part(x: Any, axis: int, grad_axes: tuple[int, ...] = ()) -> torch.Tensor:
+    """This rank's chunk, along `axis`, of the first dim of `x`, with which no other rank computes: so the gradient of a
+    parameter is split there, with nothing to sum. That of computed values, for which not all operators have a split
+    form, is a summand, as it is along `grad_axes`."""
+    if x.is_leaf:
+        return _ToPart.apply(replicate(x), axis, grad_axes)
+    mesh, local = x._spec.mesh, to_local(replicate(x), (*grad_axes, axis))
+    span = chunk(local.shape[0], sizes(mesh)[axis], coordinates(mesh)[axis])
+    return local.narrow(0, span.lo, span.size)
 
 
 # A checkpoint repeats its forward when backward first asks for something saved, and stops after the last thing saved.

@@ -179,7 +179,9 @@ class Transfer:
             self._works = dist.batch_isend_irecv(operations)
 
     def is_complete(self) -> bool:
-        """Whether all pieces are in their buffers; takes those that have arrived, without waiting. Channels only."""
+        """Whether all pieces are in their buffers; takes those that have arrived, without waiting."""
+        if not self._channels:
+            return all(work.is_completed() for work in self._works)
         for peer, _ in self._receives:
             self._channels[peer].take_arrived()
         self._receives = [(peer, buffer) for peer, buffer in self._receives if self._channels[peer].expects([buffer])]

@@ -19,6 +19,8 @@ from typing import NamedTuple
 
 import torch
 
+from meshwright.errors import UnsupportedError
+from meshwright.plan.filters import filters_axis
 from meshwright.plan.geometry import chunk, chunks, pools_early, transfers, window
 from meshwright.plan.layers import Layer, Network, Taps, Weight
 from meshwright.plan.plan import Plan
@@ -75,7 +77,17 @@ class RankStep:
 
 
 def planned(network: Network, plan: Plan) -> tuple[RankStep, ...]:
-    """What every rank of `plan` sends in one forward and backward of `network` whose loss needs no exchange."""
+    """What every rank of `plan` sends in one forward and backward of `network` whose loss needs no exchange.
+
+    Raises `UnsupportedError` where a convolution is split by filters (`plan.filters`), which is not planned yet.
+    """
+    for layer in network.layers:
+        split = [(axis, dim, plan.axes[axis].size) for axis, dim in _split(plan, len(layer.shape))]
+        if layer.weight and filters_axis(layer.shape, layer.weight, layer.groups, split) is not None:
+            raise UnsupportedError(
+                f"layer {layer.name!r}: a convolution of {layer.shape} by {layer.weight} is split by filters under "
+                f"{plan}, whose exchange is not planned yet"
+            )
     return tuple(
         RankStep(rank, tuple(_exchange(layer, plan, rank) for layer in network.layers), reduction)
         for reduction in [_reduction(network.weights, plan)]

@@ -43,6 +43,8 @@ class Layer:
     itemsize: int  # bytes of an element of the input
     trains_input: bool  # a gradient flows to the input
     taps: tuple[Taps, ...] = ()
+    weight: tuple[int, ...] = ()  # the shape of a convolution's
+    groups: int = 1
 
 
 @dataclass(frozen=True)
@@ -124,9 +126,9 @@ class _Seen(TorchFunctionMode):
     def refused(self, why: str) -> UnsupportedError:
         return UnsupportedError(f"layer {self.names[-1]!r}: {why}; the exchange of this network cannot be planned")
 
-    def add(self, op: str, x: Tensor, out: Tensor, taps: tuple[Taps, ...] = ()) -> None:
+    def add(self, op: str, x: Tensor, out: Tensor, taps: tuple[Taps, ...] = (), **weight: Any) -> None:
         shapes = tuple(x.shape), tuple(out.shape)
-        self.layers.append(Layer(self.names[-1], op, *shapes, x.element_size(), x.requires_grad, taps))
+        self.layers.append(Layer(self.names[-1], op, *shapes, x.element_size(), x.requires_grad, taps, **weight))
 
     def uses(self, x: Tensor, *parameters: Tensor | None) -> None:
         """Parameters work on `x`."""
@@ -167,7 +169,8 @@ def _conv(
         padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
     padding = _ints(0 if padding == "valid" else padding, n)
     seen.uses(input, weight, bias)
-    seen.add("convolution", input, out, tuple(map(Taps, kernel, stride, padding, dilation)))
+    taps = tuple(map(Taps, kernel, stride, padding, dilation))
+    seen.add("convolution", input, out, taps, weight=tuple(weight.shape), groups=groups)
 
 
 def _pool(op: str, n: int) -> Callable[..., None]:

@@ -1,6 +1,7 @@
 """Parameter gradients: summed over the ranks in buckets while backward still runs, complete when it returns.
 
-A parameter that ranks used on different data has a gradient in summands (Partial). Buckets hold parameters in the
+A parameter that ranks used on different data has a gradient in summands (Partial); one of which each rank used its own
+filters has it in parts (Shard), which are gathered. Buckets hold parameters in the
 reverse order of the module; a bucket starts one all-reduce in the background when all its gradients are there and
 the bucket before it has started; the end of backward starts the rest and hands each gradient its sum. Contents and
 order of the buckets depend on the module alone, so they are the same on every rank, whatever the order in which a
@@ -18,84 +19,20 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Variable
-from torch.distributed.tensor import Shard
 from torch.utils.weak import WeakIdKeyDictionary
 
 from meshwright.errors import ExchangeError, MeshwrightError, UnsupportedError
 from meshwright.parallel.account import totals
 from meshwright.parallel.apply import set_reducer
-from meshwright.parallel.collective import Sum, SumQueue, summed_bytes
-from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, splits
-from meshwright.parallel.mesh import SUMS_LANE, reduction_groups, sizes
-from meshwright.parallel.tensor import is_mesh, spec_of, version
+from meshwright.parallel.layout import partial_axes
+from meshwright.parallel.mesh import reduction_groups
+from meshwright.parallel.tensor import is_mesh
 from meshwright.plan.exchange import buckets
-from meshwright.sync.memory import in_order, is_alone, line_of, shaped
+from meshwright.sync.flights import Gathered, Summed, as_summand, gathered_axis
 from meshwright.sync.order import Run, Sums, sums_on
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-
-class _Flight:
-    """Gradients of one bucket with the same axes and dtype, on their way."""
-
-    def __init__(self, parameters: list[Any], axes: tuple[int, ...]) -> None:
-        self.parameters, self.axes = parameters, axes
-        grads = [p.grad for p in parameters]
-        self.mesh = grads[0]._spec.mesh
-        alone = [is_alone(grad) for grad in grads]
-        self.held = [(grad, grad._local_tensor, version(grad)) for grad in grads]
-        # In the memory order of the parameters, which is the same on all ranks: that of gradients depends on the
-        # kernels that a rank's part got.
-        self.parts = [in_order(p, held) for p, (_, held, _) in zip(parameters, self.held, strict=True)]
-        lines = [line_of(part) for part in self.parts]
-        # Sums in the memory of their summands, where nobody else sees it: fresh memory costs more than the sum.
-        out = [
-            line if is_ours or part is not held else torch.empty_like(line)
-            for line, is_ours, part, (_, held, _) in zip(lines, alone, self.parts, self.held, strict=True)
-        ]
-        world, own_mesh = reduction_groups(self.mesh)
-        if len(axes) == self.mesh.ndim:  # every rank of the job: one all-reduce instead of one per axis
-            self.stages = [(world, self.mesh.size())]
-        else:
-            self.stages = [(own_mesh.get_group(axis), sizes(self.mesh)[axis]) for axis in axes]
-        self.work = self._start(lines, out, *self.stages[0])
-
-    def _start(
-        self, parts: Sequence[torch.Tensor], out: Sequence[torch.Tensor], pg: dist.ProcessGroup, ranks: int
-    ) -> Sum:
-        nbytes = summed_bytes(sum(part.numel() * part.element_size() for part in parts), ranks)
-        totals.sent_bytes += nbytes
-        totals.reduced_bytes += nbytes
-        totals.messages += 1
-        return Sum(parts, pg, lane=SUMS_LANE, out=out)
-
-    def land(self, queue: SumQueue) -> list[tuple[int, ...]]:
-        """Wait, and give every parameter its sum, but those of the shapes returned: a hook changed their gradients."""
-        self.work.wait()
-        for stage in self.stages[1:]:
-            self.work = self._start(self.work.results, self.work.results, *stage)
-            queue.add(self.work)  # other modules have sums on this axis, too
-            queue.fold([self.work])
-            self.work.wait()
-        changed = []
-        given = zip(self.parameters, self.held, self.parts, self.work.results, strict=True)
-        for p, (grad, held, before), part, total in given:
-            if p.grad is not grad or grad._local_tensor is not held or version(grad) != before:
-                changed.append(tuple(p.shape))
-                continue
-            placements = tuple(
-                REPLICATE if axis in self.axes else place for axis, place in enumerate(grad._spec.placements)
-            )
-            shape = tuple(grad._spec.shape)
-            grad._spec = spec_of(self.mesh, placements, shape, grad._spec.tensor_meta.stride, part.dtype)
-            local = part if total.data_ptr() == part.data_ptr() else shaped(total, part)
-            if local.stride() != held.stride():  # the same numbers in the strides that the gradient had
-                local = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device).copy_(
-                    local
-                )
-            grad._local_tensor = local
-        return changed
+    from collections.abc import Iterator
 
 
 @contextmanager
@@ -109,24 +46,6 @@ def _named() -> Iterator[None]:
         raise ExchangeError(
             f"rank {dist.get_rank()}: another rank did not answer while gradients were summed: {error}"
         ) from error
-
-
-def _as_summand(grad: Any) -> None:
-    """A gradient that came split (of a weight as wide as the activation) as a summand: zeros where others own it."""
-    spec = grad._spec
-    placements = tuple(spec.placements)
-    if not splits(placements):
-        return
-    shape = tuple(spec.shape)
-    whole = grad._local_tensor.new_zeros(shape)
-    part = whole
-    for _, dim in splits(placements):
-        span = owned(spec.mesh, placements, dim, shape[dim])
-        part = part.narrow(dim, span.lo, span.size)
-    part.copy_(grad._local_tensor)
-    held = tuple(PARTIAL if isinstance(p, Shard) else p for p in placements)
-    grad._local_tensor = whole
-    grad._spec = spec_of(spec.mesh, held, shape, tuple(whole.stride()), whole.dtype)
 
 
 def _living(bucket: list[weakref.ref[Any]]) -> list[Any]:
@@ -173,7 +92,7 @@ class Reducer:
     def _reset(self) -> None:
         self._missing = [{id(p) for p in _living(bucket)} for bucket in self._buckets]
         self._started = 0
-        self._flights: list[_Flight] = []
+        self._flights: list[Summed | Gathered] = []
         self._sums: Sums | None = None
         self._run: weakref.ref[Run] | None = None
 
@@ -207,13 +126,15 @@ class Reducer:
             grad = p.grad
             if grad is None:
                 continue
-            _as_summand(grad)
-            axes = partial_axes(tuple(grad._spec.placements))
-            if axes:
-                groups.setdefault((axes, grad._local_tensor.dtype), []).append(p)
-        for (axes, _), parameters in groups.items():
+            axis = gathered_axis(grad)
+            if axis is None:
+                as_summand(grad)
+            way = partial_axes(tuple(grad._spec.placements)) if axis is None else axis
+            if way != ():
+                groups.setdefault((way, grad._local_tensor.dtype), []).append(p)
+        for (way, _), parameters in groups.items():
             with _named():
-                self._flights.append(_Flight(parameters, axes))
+                self._flights.append(Gathered(parameters, way) if isinstance(way, int) else Summed(parameters, way))
                 sums.queue.add(self._flights[-1].work)
         self._started += 1
 

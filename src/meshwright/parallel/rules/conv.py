@@ -2,7 +2,7 @@
 
 Window: output [a, b) reads input [a s - p, (b - 1) s - p + d (k - 1) + 1). Where few output planes read beyond the
 cut, the exchange hides behind the local work (`halo_conv`); else the window is fetched whole first. The choice is
-each rank's own: what travels is the same.
+each rank's own: what travels is the same. Where weights outnumber activations it is split by filters (`filters.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from meshwright.parallel.functions import (
 from meshwright.parallel.kernels import as_matrix
 from meshwright.parallel.layout import Placements, axis_of, local_shape, split_axes
 from meshwright.parallel.redistribute import from_local, replicate, to_local
+from meshwright.parallel.rules.filters import by_filters
 from meshwright.parallel.rules.halo import Cut
 from meshwright.parallel.rules.halo_conv import SpatialConv, Work
 from meshwright.parallel.signature import Conv, Signature, signature
@@ -66,15 +67,22 @@ def conv(
     n = weight.ndim - 2
     if x.ndim == n + 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
+    settings = (tuple_of(stride, n), padding if isinstance(padding, str) else tuple_of(padding, n))
+    constants = (x.shape, weight.shape, *settings, tuple_of(dilation, n), groups)
+    cause, filters = cause_for("convolution", x, weight), by_filters(x, weight, groups)
+    if filters is not None:
+        w, b = filters.part(weight), None if bias is None else filters.part(bias)
+        x, w, b = autocast(x, w, b)
+        held, placements = filters.placements(x)
+        out_shape, work = _planned(_Asked(mesh, held, *constants, signature(to_local(x)), signature(w), cause))
+        return from_local(filters.convolved(x, w, b, work, cause), mesh, placements, out_shape, cause.ledger)
     x, weight, bias = autocast(x, weight, bias)
     x = gathered(x, [1], "convolution")
-    weight, bias = replicate(weight), None if bias is None else replicate(bias)
-    placements, cause = placements_of(x), cause_for("convolution", x, weight)
+    placements = placements_of(x)
     axes, local = split_axes(placements), to_local(x)
+    weight, bias = replicate(weight), None if bias is None else replicate(bias)
     w, b = to_local(weight, axes), None if bias is None else to_local(bias, axes)
-    settings = (tuple_of(stride, n), padding if isinstance(padding, str) else tuple_of(padding, n))
-    asked = (mesh, placements, x.shape, weight.shape, *settings, tuple_of(dilation, n), groups)
-    out_shape, work = _planned(_Asked(*asked, signature(local), signature(w), cause))
+    out_shape, work = _planned(_Asked(mesh, placements, *constants, signature(local), signature(w), cause))
     y = SpatialConv.apply(local, w, b, *work)
     return from_local(y, mesh, placements, out_shape, cause.ledger)
 

@@ -73,7 +73,7 @@ class SpatialConv(Function):
         y, halos = _forward(x, weight, bias, work)
         ctx.work, ctx.has_bias = work, bias is not None
         ctx.save_for_backward(x, weight, *(plane for halo in halos for plane in halo.planes))
-        return _own(y)
+        return own(y)
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> Any:
@@ -99,7 +99,7 @@ class InputGradient(Function):
         ctx.save_for_backward(grad, weight)
         d_x = _backward(grad, x, blank(x, work.cuts, work.pads), weight, work, (True, False, False))[0]
         assert d_x is not None
-        return _own(d_x)
+        return own(d_x)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
@@ -119,7 +119,7 @@ class WeightGradient(Function):
         halos = received(x, work.cuts, work.pads)
         d_weight = _backward(grad, x, halos, weight, work, (False, True, False))[1]
         assert d_weight is not None
-        return _own(d_weight)
+        return own(d_weight)
 
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
@@ -136,13 +136,13 @@ def _forward(
     conv, pads, out_sizes, cuts, hidden = work
     if not hidden:
         halos = received(x, cuts, pads)
-        y = _main_forward(whole(x, halos), weight, bias, conv, pads, out_sizes)
+        y = main_forward(whole(x, halos), weight, bias, conv, pads, out_sizes)
         if memory_format(y) is torch.contiguous_format and not y.is_contiguous():  # cut out of more outputs
             last = memory_format(x) if memory_format(weight) is torch.contiguous_format else memory_format(weight)
             y = y.contiguous(memory_format=last)
         return y, halos
     posted = post(x, cuts[0], [], ()) if cuts else None
-    y = _main_forward(x, weight, bias, conv, pads, out_sizes)
+    y = main_forward(x, weight, bias, conv, pads, out_sizes)
     halos = []
     for level, cut in enumerate(cuts):
         if level:
@@ -166,14 +166,14 @@ def _backward(
     conv, pads, _, cuts, hidden = work
     if not hidden:
         window = whole(x, halos)
-        d_window, d_weight, d_bias = _main_backward(grad, window, weight, conv, pads, mask)
+        d_window, d_weight, d_bias = main_backward(grad, window, weight, conv, pads, mask)
         d_x, d_halos = (None, []) if d_window is None else parted(d_window, x, halos)
         posted = post_back(x, d_halos[-1], cuts[:-1]) if d_halos else None
     else:
         thin = [_near_backward(halo, grad, weight, conv, mask[:2]) for halo in halos] if any(mask[:2]) else []
         d_halos = [d_halo for d_halo, _ in thin] if mask[0] else []
         posted = post_back(x, d_halos[-1], cuts[:-1]) if d_halos else None
-        d_x, d_weight, d_bias = _main_backward(grad, x, weight, conv, pads, mask)
+        d_x, d_weight, d_bias = main_backward(grad, x, weight, conv, pads, mask)
         for halo, (_, d_weights) in zip(halos, thin, strict=False):
             for near, share in zip(halo.cut.near, d_weights, strict=False):
                 assert d_weight is not None
@@ -189,7 +189,7 @@ def _backward(
     return d_x, d_weight, d_bias
 
 
-def _own(y: torch.Tensor) -> torch.Tensor:
+def own(y: torch.Tensor) -> torch.Tensor:
     """`y` as no view, without a copy: slabs join as a view, and in-place work may follow on a plain tensor."""
     return torch.ops.aten._unsafe_view(y, y.shape).as_strided_(y.shape, y.stride()) if y._is_view() else y
 
@@ -226,18 +226,20 @@ def _near_backward(
     return Halo(halo.cut, [d for d in d_planes if d is not None], halo.pads), d_weights
 
 
-def _main_forward(
+def main_forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, conv: Conv, pads: Pads, out_sizes: Any
 ) -> torch.Tensor:
+    """Of all that is here, which may be nothing."""
     if 0 in out_sizes or not x.numel():
         y = x.new_zeros((x.shape[0], weight.shape[0], *out_sizes))
         return y if bias is None else y + bias.view(1, -1, *(1 for _ in out_sizes))
     return conv_forward(x, weight, bias, conv, pads, out_sizes)
 
 
-def _main_backward(
+def main_backward(
     grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, conv: Conv, pads: Pads, mask: tuple[bool, bool, bool]
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Gradients of that for input, weight and bias."""
     if not grad.numel() or not x.numel():
         d_bias = _d_bias(grad) if mask[2] else None
         return torch.zeros_like(x) if mask[0] else None, torch.zeros_like(weight) if mask[1] else None, d_bias

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch.distributed.device_mesh import DeviceMesh
 
-from meshwright.parallel.comm import Cause, all_reduce
+from meshwright.parallel.comm import Cause, all_gather_dim, all_reduce
 from meshwright.parallel.functions import (
     as_mesh,
     cause_for,
@@ -23,7 +23,7 @@ from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import Placements, Shares, axis_of, shares, split_axes, splits
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.norm_kernels import is_per_channel, moments
-from meshwright.parallel.redistribute import from_local, replicate, to_local
+from meshwright.parallel.redistribute import from_local, replicate, to_local, to_part
 from meshwright.parallel.rules.channel_norm import ChannelNorm
 from meshwright.parallel.rules.pointwise import aligned, cut
 from meshwright.parallel.rules.reduce import merge_moments
@@ -49,22 +49,30 @@ def affine(
 def _standardize(
     x: Any, weight: Any, bias: Any, view: Sequence[int], dims: Sequence[int], eps: float, cause: Cause
 ) -> tuple[Any, Any, Any]:
-    """Mesh tensor `x` standardised over `dims`; `view` is the shape in which weight and bias broadcast. Also mean and
-    biased variance, fp64 (see `small.py`)."""
+    """The local part of `x` standardised over `dims`; `view` is the shape in which weight and bias broadcast. Also mean
+    and biased variance, fp64 (see `small.py`)."""
     mesh, placements, shape = x._spec.mesh, placements_of(x), tuple(x.shape)
     axes, local = split_axes(placements), to_local(x)
     count, parts = math.prod(shape[dim] for dim in dims), shares(sizes(mesh), placements, shape, tuple(dims))
     even = all(view[dim] == 1 for dim in dims) or weight is bias is None
     found = _channel_moments(local, mesh, parts, cause) if even and is_per_channel(local, dims) else None
     if found is not None:
-        w, b = (None if value is None else to_local(replicate(value, cause), axes) for value in (weight, bias))
+        w, b = (None if value is None else _per_channel(value, placements) for value in (weight, bias))
         y = ChannelNorm.apply(local, w, b, found, count, eps, mesh, tuple(axis for axis, _ in parts), cause)
         mean, var = found
     else:
         w, b = (affine(value, view, shape, placements, axes, cause) for value in (weight, bias))
         y, mean, var = Standardize.apply(local, w, b, tuple(dims), even, count, eps, mesh, parts, cause)
         mean, var = host(mean), host(var)
-    return from_local(y, mesh, placements, shape, cause.ledger), mean, var
+    return y, mean, var
+
+
+def _per_channel(value: Any, placements: Placements) -> torch.Tensor:
+    """A weight, bias or statistic of the channels that this rank has of an activation."""
+    axes, axis = split_axes(placements), axis_of(placements, 1)
+    if axis is None:
+        return to_local(replicate(value), axes)
+    return to_part(value, axis, tuple(other for other in axes if other != axis))
 
 
 @torch.no_grad()
@@ -97,25 +105,45 @@ def batch_norm(
 ) -> Any:
     """Per channel over the whole batch and space; running statistics equal to those of one device."""
     mesh = mesh_of(input, weight, running_mean)
-    x = gathered(as_mesh(input, mesh), [1], "batch_norm")
+    x = as_mesh(input, mesh)
     weight, bias, running_mean, running_var = (as_mesh(v, mesh) for v in (weight, bias, running_mean, running_var))
-    placements, shape = placements_of(x), tuple(x.shape)
+    if any(v is not None and v._spec.mesh is not x._spec.mesh for v in (weight, bias, running_mean, running_var)):
+        x = gathered(x, [1], "batch_norm")  # parameters of another plan, whose ranks share channels in another way
+    mesh, placements, shape = x._spec.mesh, placements_of(x), tuple(x.shape)
     cause, axes = cause_for("batch_norm", x, weight), split_axes(placements)
     if not training or not axes or 0 in shape:  # of nothing torch takes no statistics
-        mean, var = (None if v is None else to_local(v) for v in (running_mean, running_var))
-        w, b = (None if v is None else to_local(v, axes) for v in (weight, bias))
+        given = (running_mean, running_var, weight, bias)
+        mean, var, w, b = (None if v is None else _per_channel(v, placements) for v in given)
         y = F.batch_norm(to_local(x), mean, var, w, b, training, 0.0 if momentum is None else momentum, eps)
         return from_local(_keep_order(y), mesh, placements, shape, cause.ledger)
     count = math.prod(shape) // max(1, shape[1])
     if count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {shape}")
-    view = [1, shape[1], *(1 for _ in shape[2:])]
-    dims = [0, *range(2, len(shape))]
-    y, mean, var = _standardize(x, weight, bias, view, dims, eps, cause)
-    if running_mean is not None and momentum is not None:
+    kept = None if momentum is None else running_mean
+    if all(dim == 1 for _, dim in splits(placements)) and to_local(x).numel():  # whoever has a channel has all of it
+        y, mean, var = _of_part(x, weight, bias, kept, eps)
+    else:
+        view = [1, shape[1], *(1 for _ in shape[2:])]
+        y, mean, var = _standardize(x, weight, bias, view, [0, *range(2, len(shape))], eps, cause)
+        var = var * (count / (count - 1))
+    if kept is not None and momentum is not None:
+        axis = axis_of(placements, 1)
+        if axis is not None:
+            own = tensor(stacked([mean.reshape(-1), var.reshape(-1)]))
+            mean, var = host(all_gather_dim(own, mesh, axis, 1, shape[1], cause))
         _update(running_mean, mean, momentum)
-        _update(running_var, var * (count / (count - 1)), momentum)
-    return y
+        _update(running_var, var, momentum)
+    return from_local(y, mesh, placements, shape, cause.ledger)  # after all that is sent, see there
+
+
+def _of_part(x: Any, weight: Any, bias: Any, running: Any, eps: float) -> tuple[Any, Any, Any]:
+    """Torch's own batch norm of the channels of this rank: a local result, with mean and unbiased variance if `running`
+    ones are to be updated."""
+    placements, local = placements_of(x), to_local(x)
+    w, b = (None if value is None else _per_channel(value, placements) for value in (weight, bias))
+    mean, var = (None if running is None else local.new_zeros(local.shape[1], dtype=running.dtype) for _ in range(2))
+    y = _keep_order(F.batch_norm(local, mean, var, w, b, True, 1.0, eps))
+    return y, None if mean is None else host(mean.double()), None if var is None else host(var.double())
 
 
 @torch.no_grad()
@@ -159,15 +187,16 @@ def instance_norm(
         return batch_norm(x, None, None, weight, bias, True, momentum, eps)
     cause, dims = cause_for("instance_norm", x, weight), list(range(2, len(shape)))
     view = [1, shape[1], *(1 for _ in dims)]
+    mesh, placements = x._spec.mesh, placements_of(x)
     y, mean, var = _standardize(x, weight, bias, view, dims, eps, cause)
     if running_mean is not None:
-        axis = axis_of(placements_of(x), 0)
+        axis = axis_of(placements, 0)
         mean, var = (value.reshape(-1, shape[1]).sum(0) for value in (mean, var))
         packed = tensor(stacked([mean, var * (count / (count - 1))]))
         packed = host(all_reduce(packed, mesh, [] if axis is None else [axis], cause)) / shape[0]
         _update(running_mean, packed[0], momentum)
         _update(running_var, packed[1], momentum)
-    return y
+    return from_local(y, mesh, placements, shape, cause.ledger)  # after all that is sent, see there
 
 
 @function(F.group_norm, torch.group_norm)
@@ -192,7 +221,7 @@ def group_norm(
     grouped = x.unflatten(1, (num_groups, per))
     view = [1, num_groups, per, *(1 for _ in shape[2:])]
     y, _, _ = _standardize(grouped, weight, bias, view, list(range(2, len(shape) + 1)), eps, cause)
-    return y.flatten(1, 2)
+    return from_local(y, mesh, placements_of(grouped), tuple(grouped.shape), cause.ledger).flatten(1, 2)
 
 
 @function(F.layer_norm, torch.layer_norm)
@@ -219,4 +248,4 @@ def layer_norm(
         return from_local(y, mesh, placements, shape, cause.ledger)
     view = [1] * (len(shape) - trailing) + list(normalized_shape)
     y, _, _ = _standardize(x, weight, bias, view, dims, eps, cause)
-    return y
+    return from_local(y, mesh, placements, shape, cause.ledger)

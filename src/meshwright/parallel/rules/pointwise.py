@@ -162,7 +162,7 @@ def _linear(func: Any, args: Any, kwargs: Any) -> Any:
         # A sum may join summands where gradients accumulate. Else a sum less itself (its mean over one entry), which is
         # exactly nothing, would leave rounding errors.
         alike = left._spec.placements == right._spec.placements
-        if not splits(target) and (alike or torch._C._current_graph_task_id() != -1):
+        if alike or torch._C._current_graph_task_id() != -1:
             a, b = placed(left, target, cause), placed(right, target, cause)
             if func is aten.add_.Tensor:  # gradients that accumulate: a sum may become a summand again
                 local = a.add_(b, **kwargs)
