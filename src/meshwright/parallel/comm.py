@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from meshwright.errors import ExchangeError
 from meshwright.parallel.account import Ledger, sent, totals
 from meshwright.parallel.collective import Gather, Sum, summed_bytes
+from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import global_strides
 from meshwright.parallel.mesh import coordinates, group, sizes
 from meshwright.parallel.transport import Transfer
@@ -147,4 +148,4 @@ def swap_dims(
     except RuntimeError as error:
         raise cause.failed(error) from error
     wait([transfer], cause)
-    return torch.cat(parts, dim=old)
+    return torch.cat(parts, dim=old).contiguous(memory_format=memory_format(local))  # cat forgets channels_last
