@@ -20,7 +20,7 @@ import torch
 from spatial import DTYPES, NETWORKS, ratio, rounds_of, trainer
 
 import meshwright as mw
-from meshwright.parallel.rules import filters as rule
+from meshwright.parallel.rules import conv as rule
 from meshwright.plan import filters
 
 NEVER = "in space"
@@ -43,7 +43,7 @@ def work(batch: int, dtype_name: str, rounds: int) -> dict[str, list[float]]:
     plan, kind = network.plan(), {"dtype": dtype, "memory_format": network.format()}
     x = torch.randn(network.shape(network.edge, batch)).to(**kind)
     model = mw.parallelize(network.make(network.edge, False).to(**kind), plan, strict=True)
-    step, decide = trainer(model, mw.shard(x, plan)), rule._chosen.__wrapped__
+    step, decide = trainer(model, mw.shard(x, plan)), rule.by_filters.__wrapped__
 
     def variant(constants: tuple[float, float, float]) -> Any:
         @cache
@@ -52,7 +52,7 @@ def work(batch: int, dtype_name: str, rounds: int) -> dict[str, list[float]]:
             return decide(*given)
 
         def run() -> None:
-            rule._chosen = chosen
+            rule.by_filters = chosen
             step()
 
         return run

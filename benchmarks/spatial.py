@@ -44,7 +44,7 @@ from meshwright.models.small_unet import SmallUNet, benchmark_unet
 from meshwright.parallel.account import Totals, totals
 from meshwright.parallel.functions import tuple_of
 from meshwright.parallel.pool_kernels import Boxes, average
-from meshwright.parallel.rules.halo_conv import SpatialConv
+from meshwright.parallel.rules.halo_conv import SpatialConv, Work
 from meshwright.parallel.signature import Conv
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -95,7 +95,8 @@ def same_kernels(model: nn.Module) -> nn.Module:
         edges = zip(x.shape[2:], self.kernel_size, self.padding, self.stride, strict=True)
         sizes = tuple((size + 2 * p - k) // s + 1 for size, k, p, s in edges)
         conv = Conv(self.stride, self.dilation, self.groups)
-        return SpatialConv.apply(x, self.weight, self.bias, conv, tuple((p, p) for p in self.padding), sizes)
+        work = Work(conv, tuple((p, p) for p in self.padding), sizes)
+        return SpatialConv.apply(x, self.weight, self.bias, work)
 
     def pool(self: Any, x: torch.Tensor) -> torch.Tensor:
         kernel, stride, pads = (tuple_of(v, 3) for v in (self.kernel_size, self.stride, self.padding))

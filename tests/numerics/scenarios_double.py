@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 import meshwright as mw
 from meshwright.parallel.exchange import window
-from meshwright.parallel.redistribute import from_local
+from meshwright.parallel.parts import from_local
 
 SMALL = (2, 3, 9, 10, 8)
 

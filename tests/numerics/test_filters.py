@@ -31,7 +31,7 @@ SHARE = 6  # of the cases that others run as well, one in so many runs here with
 def everywhere() -> None:
     """Whatever can be split by filters is."""
     filters.FEWEST_WEIGHTS, filters.WEIGHTS_PER_INPUT, filters.STAY, filters.DIMS = 1, 0, 0, (3, 4, 5)
-    rule._chosen.cache_clear()
+    rule.by_filters.cache_clear()
 
 
 def forced(keys: list[Key], folder: str) -> None:

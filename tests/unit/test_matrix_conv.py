@@ -25,6 +25,7 @@ def products(others: float) -> Iterator[None]:
     """Gradients of weights are matrix products, whatever their size; so are the `others`, up to that share."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(matrix_conv, "LARGE_WEIGHT", 0)
+        patch.setattr(matrix_conv, "LARGE_IMAGE_WEIGHT", 0)
         patch.setattr(matrix_conv, "IMAGE_POSITIONS", torch.inf)
         patch.setattr(matrix_conv, "FEW_POSITIONS", torch.inf)
         patch.setattr(matrix_conv, "FEWEST_POSITIONS", others)
@@ -137,8 +138,8 @@ def test_which_convolutions() -> None:
     """Large weights at few positions, without groups, on the CPU."""
     weight, conv = torch.empty(512, 512, 3, 3), Conv((1, 1), (1, 1), 1)
     x = torch.empty(1, 512, 8, 16)
-    assert as_matrix(x, weight, conv, (16, 16), "weight")
-    assert not as_matrix(x, weight, conv, (16, 17), "weight")
+    assert as_matrix(x, weight, conv, (16, 32), "weight")
+    assert not as_matrix(x, weight, conv, (16, 33), "weight")
     assert not as_matrix(x, weight[:, :256, :, :1], conv, (8, 16), "weight")
     assert not as_matrix(x, weight, Conv((1, 1), (1, 1), 2), (8, 16), "weight")
     assert not as_matrix(x.half(), weight.half(), conv, (8, 16), "weight")

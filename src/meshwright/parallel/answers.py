@@ -90,13 +90,14 @@ class Answers:
 
     def full_tensor(self, *, grad_placements: object = None) -> torch.Tensor:
         """The whole value on every rank as a plain tensor; differentiable, and collective where it is split."""
-        from meshwright.parallel.redistribute import replicate, to_local
+        from meshwright.parallel.parts import to_local
+        from meshwright.parallel.redistribute import replicate
 
         return to_local(replicate(self), direct=False)
 
     def to_local(self, *, grad_placements: object = None) -> torch.Tensor:
         """This rank's part as a plain tensor; its gradient is the gradient of that part."""
-        from meshwright.parallel.redistribute import to_local
+        from meshwright.parallel.parts import to_local
 
         return to_local(self, direct=False)  # a tensor of its own, whatever the user does with it
 

@@ -21,8 +21,8 @@ from meshwright.parallel.account import Ledger, where
 from meshwright.parallel.functions import sent_home
 from meshwright.parallel.layout import REPLICATE, Placements, local_shape, replicated
 from meshwright.parallel.mesh import default_device, mesh_of
+from meshwright.parallel.parts import from_local as _from_local
 from meshwright.parallel.randomness import forward_seeded
-from meshwright.parallel.redistribute import from_local as _from_local
 from meshwright.parallel.redistribute import redistribute, same
 from meshwright.parallel.rules.pointwise import cut
 from meshwright.parallel.rules.sync_norm import adopt
@@ -174,43 +174,44 @@ def _convert(tensor: torch.Tensor, name: str, mesh: DeviceMesh, device: torch.de
 
 
 def _runs(ledger: Ledger) -> bool:
-    """Whether a module of this record runs in this thread: mostly the innermost."""
-    stack = where.stack
-    return bool(stack) and (stack[-1][0] is ledger or any(other is ledger for other, _ in stack))
+    """Whether a module of this record runs in this thread (mostly the innermost, which is asked first)."""
+    return any(other is ledger for other, _ in where.stack)
 
 
 class _Enter:
     """Names the layer that runs; at the root also gives all ranks the same random state, and sees to memory."""
 
     def __init__(self, ledger: Ledger, name: str, on_cpu: bool) -> None:
-        self.ledger, self.name, self.on_cpu = ledger, name, on_cpu
+        self.ledger, self.place, self.on_cpu = ledger, (ledger, name), on_cpu
 
     def __call__(self, module: nn.Module, args: Any) -> None:
-        if not _runs(self.ledger):
+        stack = where.stack
+        if not (stack and stack[-1][0] is self.ledger) and not _runs(self.ledger):
             if self.ledger.calls == 1 and torch.is_grad_enabled() and self.on_cpu:  # a step has shown what it needs
                 keep_pages()
             forward_seeded.enter(self.ledger)
             if _LEDGER in module.__dict__:
                 _reduce_gradients(module)  # a deep copy of a parallelized module has no reducer yet
-        where.stack.append((self.ledger, self.name))
+        stack.append(self.place)
 
 
 class _Leave:
     """The way out; at the root what convolutions split by channels is split as the plan says."""
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        if not where.stack:  # the module failed before it entered
+        stack = where.stack
+        if not stack:  # the module failed before it entered
             return None
-        ledger, _ = where.stack[-1]
+        ledger, _ = stack[-1]
         try:
-            in_backward = torch._C._current_graph_task_id() != -1  # a checkpoint repeats an inner module
-            if ledger.by_filters and len(where.stack) == 1 and not in_backward:
+            # a checkpoint repeats an inner module in backward
+            if ledger.by_filters and len(stack) == 1 and torch._C._current_graph_task_id() == -1:
                 home = tree_map_only(MeshTensor, lambda x: sent_home(x, [1], "output"), output)
                 pairs = zip(tree_leaves(home), tree_leaves(output), strict=True)
                 return home if any(new is not old for new, old in pairs) else None
         finally:
-            where.stack.pop()
-            if not _runs(ledger):
+            stack.pop()
+            if not (stack and stack[-1][0] is ledger) and not _runs(ledger):
                 forward_seeded.leave(ledger)
         return None
 

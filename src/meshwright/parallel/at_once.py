@@ -8,7 +8,7 @@ import torch
 
 from meshwright.parallel.copies import written
 from meshwright.parallel.layout import partial_axes
-from meshwright.parallel.tensor import MeshOps, alike, wrap
+from meshwright.parallel.tensor import MeshOps, under, wrap
 
 
 def at_once(func: Any, args: Any, kwargs: Any, writes: bool, on_summands: bool) -> Any:
@@ -26,8 +26,9 @@ def at_once(func: Any, args: Any, kwargs: Any, writes: bool, on_summands: bool) 
             return NotImplemented
         else:
             parts.append(value)
-    if kwargs and not all(isinstance(value, int | float | bool) for value in kwargs.values()):
-        return NotImplemented
+    for value in kwargs.values():
+        if not isinstance(value, int | float):
+            return NotImplemented
     if first is None or (partial_axes(tuple(first._spec.placements)) and not on_summands):
         return NotImplemented
     if writes:
@@ -38,5 +39,5 @@ def at_once(func: Any, args: Any, kwargs: Any, writes: bool, on_summands: bool) 
         return args[0]
     out, local = func(*parts, **kwargs), first._local_tensor
     if out.dtype is local.dtype and out.shape == local.shape and out.stride() == local.stride():
-        return alike(out, first)
+        return under(out, first._spec, first._ledger)
     return wrap(out, first._spec.mesh, tuple(first._spec.placements), tuple(first._spec.shape), first._ledger)

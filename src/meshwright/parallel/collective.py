@@ -220,10 +220,10 @@ class Gather:
             flat_in = local.as_strided((local.numel(),), (1,)).view(torch.uint8)
             self._work = _all_gather(out.view(-1).view(torch.uint8), flat_in, group=group, async_op=True)
             return
-        me, ranks = place_in(group)
-        peers = [rank for rank in range(ranks) if rank != me]
-        self._work = Transfer(group, [(peer, local) for peer in peers], [(peer, out[peer]) for peer in peers])
-        out[me].copy_(local)
+        me, rows = place_in(group)[0], out.unbind()
+        peers = [rank for rank in range(len(rows)) if rank != me]
+        self._work = Transfer(group, [(peer, local) for peer in peers], [(peer, rows[peer]) for peer in peers])
+        rows[me].copy_(local)
 
     def wait(self) -> None:
         """Until `out` is whole. Raises RuntimeError when a rank is dead or late."""

@@ -124,7 +124,7 @@ def written(t: Any, changes_shape: bool) -> None:
     if t._local_tensor.is_inference():
         _inference_writes[0] += 1
     else:  # the rules write below autograd, which then cannot see it
-        torch.autograd.graph.increment_version(t._local_tensor)
+        torch._C._increment_version((t._local_tensor,))
         with torch._C.DisableTorchFunctionSubclass():
             base = t._base
         if base is not None:  # the part of a view was cut out below autograd, too: it counts for itself

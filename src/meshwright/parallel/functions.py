@@ -7,19 +7,23 @@ split dim needs its neighbours (`exchange.fetch`), the plain torch function on l
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from meshwright.errors import StrictError, UnsupportedError
-from meshwright.parallel.account import layer, nobody, totals
+from meshwright.parallel.account import Ledger, layer, nobody, totals
 from meshwright.parallel.comm import Cause
+from meshwright.parallel.decided import decided
 from meshwright.parallel.layout import REPLICATE, Placements, partial_axes, replicated, splits, with_axis
 from meshwright.parallel.mesh import home_dim
-from meshwright.parallel.redistribute import from_local, redistribute
-from meshwright.parallel.tensor import FUNCTIONS, is_mesh, ledger_of, wrap
+from meshwright.parallel.parts import from_local
+from meshwright.parallel.redistribute import redistribute
+from meshwright.parallel.tensor import FUNCTIONS, MeshOps, is_mesh, ledger_of, wrap
 
 
 def function(*funcs: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
@@ -50,19 +54,42 @@ def as_mesh(value: Any, mesh: DeviceMesh) -> Any:
 
 def mesh_of(*values: Any) -> DeviceMesh:
     """The mesh of the first mesh tensor."""
-    return next(value._spec.mesh for value in values if is_mesh(value))
+    for value in values:
+        if isinstance(value, MeshOps):
+            mesh: DeviceMesh = value._spec.mesh
+            return mesh
+    raise TypeError("no mesh tensor among the operands")
+
+
+def meshed(*values: Any) -> tuple[Any, ...]:
+    """All of them as `as_mesh` gives them, on the mesh of the first mesh tensor."""
+    for value in values:
+        if value is not None and not isinstance(value, MeshOps):
+            mesh = mesh_of(*values)
+            return tuple(as_mesh(value, mesh) for value in values)
+    return values
 
 
 def placements_of(x: Any) -> Placements:
     """The placements of what `to_local` gives, which adds summands up first."""
-    placements = tuple(x._spec.placements)
+    return whole_placements(x._spec)
+
+
+def whole_placements(spec: DTensorSpec) -> Placements:
+    """Those of a spec with its summands added up."""
+    placements = tuple(spec.placements)
     axes = partial_axes(placements)
     return tuple(REPLICATE if axis in axes else p for axis, p in enumerate(placements)) if axes else placements
 
 
 def cause_for(op: str, *values: Any) -> Cause:
     """On whose behalf a rule communicates."""
-    return Cause(ledger_of(values), (layer(), op))
+    return _cause(ledger_of(values), layer(), op)
+
+
+@lru_cache(maxsize=4096)
+def _cause(ledger: Ledger | None, name: str, op: str) -> Cause:
+    return Cause(ledger, (name, op))
 
 
 def gathered(x: Any, dims: Sequence[int], op: str) -> Any:
@@ -71,7 +98,7 @@ def gathered(x: Any, dims: Sequence[int], op: str) -> Any:
 
     Raises `StrictError` before any gather.
     """
-    if not _hit(x, dims):
+    if _split_dims(x._spec).isdisjoint(dims):
         return x
     x = sent_home(x, dims, op)
     hit = _hit(x, dims)
@@ -89,6 +116,11 @@ def gathered(x: Any, dims: Sequence[int], op: str) -> Any:
     totals.gathered_bytes += nbytes
     (cause.ledger or nobody).gathered(*cause.place, nbytes)
     return whole
+
+
+@decided(1)
+def _split_dims(spec: DTensorSpec) -> frozenset[int]:
+    return frozenset(dim for _, dim in splits(tuple(spec.placements)))
 
 
 def _hit(x: Any, dims: Sequence[int]) -> list[int]:
@@ -115,7 +147,12 @@ def made_whole(x: Any, dims: Sequence[int], cause: Cause) -> Any:
 
 def tuple_of(value: Any, n: int) -> tuple[int, ...]:
     """An int or a sequence as n ints."""
-    if isinstance(value, Sequence | torch.Size):
+    return _ints(value, n) if isinstance(value, int | tuple) else _ints.__wrapped__(value, n)
+
+
+@lru_cache(maxsize=4096)
+def _ints(value: Any, n: int) -> tuple[int, ...]:
+    if isinstance(value, Sequence):
         return tuple(int(v) for v in value) * (n if len(value) == 1 else 1)
     return (int(value),) * n
 

@@ -27,13 +27,16 @@ def history(x: Any) -> torch.Tensor | None:
     held = x._history
     if held is None:
         return None
-    return held[0] if node_of(x) is held[1] else None
+    with torch._C.DisableTorchFunctionSubclass():
+        return held[0] if _grad_fn(x) is held[1] else None
 
 
 def direct(x: Any) -> torch.Tensor | None:
     """The history, for a rule to go on from: that leaves the node between part and mesh tensor out, there and back.
     None if there is none, or if somebody has looked at that node, which all that follows has to pass."""
-    part = history(x) if x._way != "node" else None
+    if x._history is None or x._way == "node":
+        return None
+    part = history(x)
     if part is not None:
         x._way = "part"
     return part
@@ -63,7 +66,7 @@ def node_of(x: Any) -> Any:
 
 def as_gradient(part: torch.Tensor, spec: DTensorSpec, ledger: Ledger | None) -> Any:
     """The gradient of a part, as that of the mesh tensor around it."""
-    from meshwright.parallel.redistribute import from_local
+    from meshwright.parallel.parts import from_local
     from meshwright.parallel.tensor import wrap
 
     place = spec.mesh, tuple(spec.placements), tuple(spec.shape), ledger

@@ -191,8 +191,10 @@ def conv_backward(
     conv: Conv,
     pads: Sequence[tuple[int, int]],
     mask: tuple[bool, bool, bool],
+    room: matrix_conv.Room | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of `conv_forward` for input, weight and bias, as far as `mask` asks for them."""
+    """Gradients of `conv_forward` for input, weight and bias, as far as `mask` asks for them; that of the weight
+    where `room` says, if it costs nothing."""
     plan = _planned(signature(x), signature(weight), conv, tuple(pads), tuple(grad.shape[2:]))
     if plan.backward and any(mask[:2]):
         d_x, d_weight, d_bias = _convolution_backward(
@@ -206,7 +208,7 @@ def conv_backward(
         found = conv_backward(grad, x, weight, conv, pads, rest) if any(rest) else (None, None, None)
         with torch.autocast(x.device.type, enabled=False):
             d_x = matrix_conv.input_gradient(grad, x.shape, weight, conv, pads) if own_x else found[0]
-            d_weight = matrix_conv.weight_gradient(grad, x, weight, conv, pads) if own_weight else found[1]
+            d_weight = matrix_conv.weight_gradient(grad, x, weight, conv, pads, room) if own_weight else found[1]
         return _ordered(d_x, x, weight) if own_x and d_x is not None else d_x, d_weight, found[2]
     if not any(mask[:2]):
         return None, None, grad.sum((0, *range(2, grad.ndim))) if mask[2] else None

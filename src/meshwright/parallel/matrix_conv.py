@@ -3,7 +3,7 @@
 Deep layers of a volume that is small or split have few positions left and most of the weights. torch's kernels
 reorder those weights on every call, which takes longer than the work at very few positions, and their gradient, which
 costs more at four times as many; a matrix product takes them where they lie. What the positions read is laid out as
-rows, at most half of the weight in size. Pads may differ on the two sides, and no output is computed that is not
+rows, at most as large as the weight. Pads may differ on the two sides, and no output is computed that is not
 wanted. Results have their channels together in memory (channels_last).
 """
 
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -22,19 +22,22 @@ from meshwright.parallel.signature import Conv, Like
 Pads = Sequence[tuple[int, int]]
 
 LARGE_WEIGHT = 3 << 18  # elements: in smaller ones the reordering costs less than the calls that are made here
+LARGE_IMAGE_WEIGHT = 1 << 19  # the same for the gradient of a weight of images
 # Positions ÷ output channels up to which it is a matrix product:
-IMAGE_POSITIONS = 0.5  # the gradient of the weight for images
+IMAGE_POSITIONS = 1.0  # the gradient of the weight for images
 FEW_POSITIONS = 0.25  # that for volumes, and whatever torch is slow at
 FEWEST_POSITIONS = 0.0625  # other outputs and gradients of inputs
 Of = Literal["output", "input", "weight"]
 OF: tuple[Of, ...] = ("output", "input", "weight")
+Room = Callable[[], torch.Tensor]  # gives memory in the order of the weight for its gradient
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 
 def is_matrix(x: Like, weight: Like, conv: Conv, out_sizes: Sequence[int], of: Of) -> bool:
     """Whether the output of a convolution to `out_sizes`, or the gradient of its input or weight, is better done as a
     matrix product."""
-    if weight.numel() < LARGE_WEIGHT or conv.groups != 1 or x.device.type != "cpu" or x.dtype not in _DTYPES:
+    large = LARGE_IMAGE_WEIGHT if of == "weight" and x.ndim == 4 else LARGE_WEIGHT
+    if weight.numel() < large or conv.groups != 1 or x.device.type != "cpu" or x.dtype not in _DTYPES:
         return False
     return x.shape[0] * math.prod(out_sizes) <= _few(x, of) * weight.shape[0]
 
@@ -84,10 +87,22 @@ def input_gradient(
     return out.movedim(-1, 1).to(grad.dtype)
 
 
-def weight_gradient(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, conv: Conv, pads: Pads) -> torch.Tensor:
-    """The gradient of `weight` (which gives its shape and memory order) for that of the outputs."""
-    flat = _lines(grad).t() @ _rows(x, weight, conv, pads, grad.shape[2:])
-    found = flat.view(weight.shape[0], *_kept_order(weight))
+def weight_gradient(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    conv: Conv,
+    pads: Pads,
+    room: Room | None = None,
+) -> torch.Tensor:
+    """The gradient of `weight` (which gives its shape and memory order) for that of the outputs; where `room` says, if
+    filters lie one behind the other."""
+    lines, rows = _lines(grad).t(), _rows(x, weight, conv, pads, grad.shape[2:])
+    if room is not None and _ordered(weight).is_contiguous():
+        into = room()
+        torch.mm(lines, rows, out=_flat(into))
+        return into
+    found = (lines @ rows).view(weight.shape[0], *_kept_order(weight))
     return found.movedim(-1, 1) if _is_last(weight) else found
 
 
@@ -104,7 +119,12 @@ def _kept_order(weight: torch.Tensor) -> tuple[int, ...]:
 
 def _flat(weight: torch.Tensor) -> torch.Tensor:
     """[F, C, *kernel] → [F, what a position reads]."""
-    return (weight.movedim(1, -1) if _is_last(weight) else weight).reshape(weight.shape[0], -1)
+    return _ordered(weight).reshape(weight.shape[0], -1)
+
+
+def _ordered(weight: torch.Tensor) -> torch.Tensor:
+    """With the dims of a filter in the order in which rows hold it."""
+    return weight.movedim(1, -1) if _is_last(weight) else weight
 
 
 def _lines(grad: torch.Tensor) -> torch.Tensor:

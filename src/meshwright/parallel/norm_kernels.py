@@ -69,7 +69,8 @@ def _in_lines(x: torch.Tensor) -> bool:
 def _is_far(moments: Any, deviations: float) -> bool:
     """Whether a mean is further from zero than so many standard deviations."""
     mean, variance = moments
-    return bool((mean * mean > deviations**2 * variance).any())
+    far = mean * mean > deviations**2 * variance
+    return bool(far.any() if isinstance(far, torch.Tensor) else np.logical_or.reduce(far))  # its `any` is Python
 
 
 def _mean(x: torch.Tensor) -> Any:
@@ -86,12 +87,14 @@ def _mean_square(x: torch.Tensor) -> Any:
 
 def _slab_moments(x: torch.Tensor) -> Any:
     """Mean and biased variance, from those of slabs; the mean is good for few digits where it is far from zero."""
-    # wide running statistics make the results wide
-    near, spread = (x.new_zeros(x.shape[1], dtype=torch.float32) if x.dtype in HALVES else None for _ in range(2))
+    near = spread = None
+    if x.dtype in HALVES:  # wide running statistics make the results wide
+        near, spread = (x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
     found, counts = [], []
     for (slab,) in _slabs(x):
         part = slab.contiguous(memory_format=memory_format(slab))
-        found.append(stacked([host(t) for t in torch.batch_norm_update_stats(part, near, spread, 0.0)]))
+        mean, variance = torch.batch_norm_update_stats(part, near, spread, 0.0)
+        found.append(stacked((host(mean), host(variance))))
         counts.append(part.numel() // x.shape[1])
     if len(found) == 1:
         return found[0]
@@ -148,8 +151,8 @@ def input_gradient(
     grad: torch.Tensor, x: torch.Tensor, scale: torch.Tensor, slope: torch.Tensor, level: torch.Tensor
 ) -> torch.Tensor:
     """`grad * scale + x * slope + level`; halves are computed in fp32 and rounded once: the parts cancel."""
-    view = [1, -1, *(1 for _ in x.shape[2:])]
-    scale, slope, level = (t.view(view) for t in (scale, slope, level))
+    view = (1, -1, *(1,) * (x.ndim - 2))
+    scale, slope, level = scale.view(view), slope.view(view), level.view(view)
     if x.dtype not in HALVES or x.device.type != "cpu":
         wide = x if x.dtype not in HALVES else x.float()
         return torch.addcmul(level, wide, slope).addcmul_(grad, scale).to(x.dtype)

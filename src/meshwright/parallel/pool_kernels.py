@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
 
 from meshwright.parallel.kernels import memory_format
+from meshwright.parallel.node import Node
 from meshwright.parallel.taps import gather, spread
 
 _POOL: dict[int, Any] = {2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -62,7 +62,7 @@ def _is_separable(x: torch.Tensor, boxes: Boxes) -> bool:
     )
 
 
-class Average(Function):
+class Average(Node):
     """Average pooling; its gradient is `Spread`, whose gradient is `Average` again."""
 
     @staticmethod
@@ -79,7 +79,7 @@ class Average(Function):
         return Spread.apply(grad, ctx.boxes, ctx.shape, ctx.format), None
 
 
-class Spread(Function):
+class Spread(Node):
     """The adjoint of `Average`: every result hands its share to the positions of its window."""
 
     @staticmethod

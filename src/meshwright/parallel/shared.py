@@ -17,6 +17,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,7 @@ import torch
 from meshwright.parallel.bells import MOST_UNREAD, Bell, fence
 from meshwright.parallel.slots import Memory
 
+_nbytes = attrgetter("nbytes")
 SMALLEST_SLOT_BYTES = 1 << 16  # slots are powers of two from here, so that few of them serve all layers
 LARGEST_KEPT_BYTES = 1 << 24  # larger slots are given back once they have been read
 MOST_LATE = 8  # unread pieces that nobody has asked for yet: half, for a neighbour may be as far ahead
@@ -63,7 +65,7 @@ class Channel:
     _theirs: dict[int, Memory] = field(default_factory=dict)  # the neighbour's slots by number
     _expected: deque[_Expected] = field(default_factory=deque)  # in the order of the pieces to come
     _thread: int = 0  # who uses it now
-    _waits_in: weakref.WeakSet[Channel] | None = None  # that thread's `_waiting()`
+    _waits_in: weakref.WeakSet[Channel] | None = None  # that thread's `_here.channels`
 
     def send(self, parts: Sequence[torch.Tensor], limit_s: Callable[[], float]) -> None:
         """Copy a piece, made of `parts` (any strides, one dtype), to shared memory and say so.
@@ -72,11 +74,10 @@ class Channel:
 
         Raises RuntimeError when it has ended or takes nothing for `limit_s()` seconds.
         """
-        self._thread = threading.get_ident()
-        self._check()
+        self._used()
         if self.bell.unread >= MOST_UNREAD and not _await(self, True, limit_s):
             raise RuntimeError(f"process {self.bell.pid} took none of {MOST_UNREAD} pieces within {limit_s():g} s")
-        nbytes = sum(part.numel() * part.element_size() for part in parts)
+        nbytes = sum(map(_nbytes, parts))
         slot = self._free_slot(nbytes)
         for part, place in zip(parts, slot.memory.places(parts), strict=True):
             place.copy_(part.detach() if part.requires_grad else part)  # places stay: no graph is to hang on them
@@ -95,9 +96,8 @@ class Channel:
     ) -> None:
         """The next piece but those expected is for `buffers` (contiguous): as it is, or folded with `addends`; if
         `late`, no sooner than `receive` asks for them."""
-        self._thread = threading.get_ident()
-        self._check()
-        waiting = _waiting()
+        self._used()
+        waiting = _here.channels
         if self._waits_in is not waiting:
             waiting.add(self)
             self._waits_in = waiting
@@ -115,10 +115,12 @@ class Channel:
             if slot.piece < taken:  # a slower neighbour may still open the others
                 os.close(slot.file)
 
-    def _check(self) -> None:
-        """Raise RuntimeError in a child that a rank has forked: it would write into the rank's memory."""
+    def _used(self) -> None:
+        """By this thread, from now on. Raises RuntimeError in a child that a rank has forked: it would write into the
+        rank's memory."""
         if self.bell.bell_in < 0:
             raise RuntimeError("this process was forked from a rank, or has left: it cannot exchange with other ranks")
+        self._thread = threading.get_ident()
 
     def receive(self, buffers: list[torch.Tensor], limit_s: Callable[[], float], *, apart: bool = False) -> None:
         """Wait until expected `buffers` are filled; earlier ones are filled first.
@@ -127,14 +129,19 @@ class Channel:
 
         Raises RuntimeError when the neighbour has ended, sends nothing for `limit_s()` seconds, or sends another size.
         """
-        while self.expects(buffers):
+        is_open = self.expects(buffers)
+        while is_open:
             if not (self.has_piece or _await(self, False, limit_s)):
                 raise RuntimeError(f"no answer within {limit_s():g} s")
-            self._take(None if apart else buffers)
+            is_open = self._take(None if apart else buffers) is not buffers and self.expects(buffers)
 
     def expects(self, buffers: Sequence[torch.Tensor]) -> bool:
         """Whether `buffers` are still to be filled."""
-        return any(buffers[0] is other.buffers[0] for other in self._expected)
+        first = buffers[0]
+        for expected in self._expected:  # noqa: SIM110  (a generator takes longer than what it looks at)
+            if expected.buffers[0] is first:
+                return True
+        return False
 
     def take_arrived(self) -> None:
         """Fill the expected buffers whose pieces are here, without waiting for others."""
@@ -152,13 +159,13 @@ class Channel:
         failed) make room when they are many."""
         return bool(self._expected) and (not self._expected[0].late or len(self._expected) >= MOST_LATE)
 
-    def _take(self, asked: list[torch.Tensor] | None = None) -> None:
-        """Fill the first expected buffers with the piece that is here."""
+    def _take(self, asked: list[torch.Tensor] | None = None) -> list[torch.Tensor]:
+        """Fill the first expected buffers, which are returned, with the piece that is here."""
         buffers, addends, fold, late = self._expected.popleft()
         if late and buffers is not asked:
             buffers[:] = [torch.empty_like(buffer) for buffer in buffers]
         number, file, size, nbytes = self.bell.place()
-        wanted = sum(buffer.numel() * buffer.element_size() for buffer in buffers)
+        wanted = sum(map(_nbytes, buffers))
         if nbytes != wanted:
             raise RuntimeError(f"it sent {nbytes} bytes where {wanted} were expected")
         memory = self._theirs.get(number)
@@ -174,6 +181,7 @@ class Channel:
             for buffer, addend, part in zip(buffers, addends, places, strict=True):
                 fold(addend, part, out=buffer)
         self.bell.tell_taken()
+        return buffers
 
     def _mapped(self, file: int, size: int) -> Memory:
         """Memory of the neighbour."""
@@ -189,15 +197,20 @@ class Channel:
             os.close(opened)
 
     def _free_slot(self, nbytes: int) -> _Slot:
-        taken = self.bell.sent - self.bell.unread
-        free = [slot for slot in self._slots if slot.piece < taken]
-        for slot in free:
-            if slot.memory.size > LARGEST_KEPT_BYTES:
-                self._slots.remove(slot)
-                os.close(slot.file)
-        fits = [slot for slot in free if nbytes <= slot.memory.size <= LARGEST_KEPT_BYTES]
-        if fits:
-            return min(fits, key=lambda slot: slot.memory.size)
+        taken, found = self.bell.sent - self.bell.unread, None
+        large: tuple[_Slot, ...] = ()
+        for slot in self._slots:
+            if slot.piece < taken:
+                size = slot.memory.size
+                if size > LARGEST_KEPT_BYTES:
+                    large = (*large, slot)
+                elif nbytes <= size and (found is None or size < found.memory.size):
+                    found = slot
+        for slot in large:
+            self._slots.remove(slot)
+            os.close(slot.file)
+        if found is not None:
+            return found
         size = max(SMALLEST_SLOT_BYTES, 1 << (nbytes - 1).bit_length())  # only pages that are written take memory
         try:
             file = os.memfd_create("meshwright")
@@ -217,15 +230,14 @@ def _cannot_open(error: OSError) -> RuntimeError:
     )
 
 
-_used = threading.local()
-
-
-def _waiting() -> weakref.WeakSet[Channel]:
+class _Here(threading.local):
     """The channels on which this thread has expected pieces. Each thread has its own set, so none is changed by two."""
-    if not hasattr(_used, "channels"):
-        _used.channels = weakref.WeakSet()
-    found: weakref.WeakSet[Channel] = _used.channels
-    return found
+
+    def __init__(self) -> None:
+        self.channels: weakref.WeakSet[Channel] = weakref.WeakSet()
+
+
+_here = _Here()
 
 
 def _await(channel: Channel, for_room: bool, limit_s: Callable[[], float]) -> bool:
@@ -248,7 +260,7 @@ def _await(channel: Channel, for_room: bool, limit_s: Callable[[], float]) -> bo
             raise RuntimeError(f"Connection closed by peer: process {channel.bell.pid} has ended")
         if time.monotonic() >= end_s:
             return False
-        known = [c for c in _waiting() if c.is_open and c._thread == me]
+        known = [c for c in _here.channels if c.is_open and c._thread == me]
         others = [c for c in known if for_room or c is not channel]
         _sleep({channel, *others}, lambda: is_here() or any(c.has_piece for c in others), end_s)  # noqa: B023
         for other in others:

@@ -30,7 +30,7 @@ class Signature(NamedTuple):
 
 def signature(t: torch.Tensor) -> Signature:
     """That of a plain tensor."""
-    return Signature(t.shape, t.stride(), t.dtype, t.device)
+    return tuple.__new__(Signature, (t.shape, t.stride(), t.dtype, t.device))  # half the time of its own constructor
 
 
 Like = torch.Tensor | Signature

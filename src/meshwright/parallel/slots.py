@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import mmap
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 
+_shape = attrgetter("shape")
 MOST_PLACES = 64  # kinds of pieces whose places in a slot are remembered
 
 
@@ -20,7 +22,7 @@ class Memory:
 
     def places(self, parts: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """Where the parts of a piece lie, one behind the other: the same pieces come in every step."""
-        key = (parts[0].dtype, *[part.shape for part in parts])
+        key = (parts[0].dtype, *map(_shape, parts))
         known = self._places.get(key)
         if known is not None:
             return known

@@ -44,6 +44,7 @@ def set_dispatcher(dispatcher: Callable[..., Any]) -> None:
 class MeshOps(Answers):
     """What split activations and parameters share: their operations are routed to the rules."""
 
+    _ledger: Ledger | None  # of the module it comes from; None: no module
     _frozen_view: bool = False  # a copy that one device would hold as a view
     _source: Any = None  # of such a copy: where it comes from (see copies.py)
     _history: tuple[torch.Tensor, Any] | None = None  # see `history`
@@ -69,7 +70,7 @@ class MeshOps(Answers):
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None) -> Any:
         if func is _DETACH and not args[0]._frozen_view:  # once for every gradient that autograd accumulates
-            return alike(args[0]._local_tensor, args[0])
+            return under(args[0]._local_tensor, args[0]._spec, args[0]._ledger)
         assert _dispatch is not None
         return _dispatch(func, args, kwargs or {})
 
@@ -85,9 +86,7 @@ _Base: Any = DTensor if _ASKS_SUBCLASSES else torch.Tensor
 
 
 class MeshTensor(MeshOps, _Base):
-    """A split or replicated activation. `_ledger` is the record of the module it comes from (None: no module)."""
-
-    _ledger: Ledger | None
+    """A split or replicated activation."""
 
     @property
     def grad_fn(self) -> Any:
@@ -114,7 +113,6 @@ class MeshTensor(MeshOps, _Base):
 class MeshParameter(MeshOps, torch.Tensor):  # type: ignore[misc, override]
     """A parameter or buffer of a parallelized module; see the module docstring."""
 
-    _ledger: Ledger | None
     if _ASKS_SUBCLASSES:
         __class__ = property(lambda self: DTensor)
     __hash__ = torch.Tensor.__hash__
@@ -143,6 +141,27 @@ def spec_of(
     return spec
 
 
+class Layout:
+    """Where the parts of a tensor lie: mesh, placements and global shape. It remembers the last spec: parts of one
+    layout mostly lie alike in memory."""
+
+    __slots__ = ("_last", "_strides", "mesh", "placements", "shape")
+
+    def __init__(self, mesh: DeviceMesh, placements: Placements, shape: tuple[int, ...]) -> None:
+        self.mesh, self.placements, self.shape = mesh, placements, shape
+        self._last: DTensorSpec | None = None
+        self._strides: tuple[int, ...] = ()
+
+    def spec(self, local: torch.Tensor) -> DTensorSpec:
+        """That of a tensor of which this rank has the part `local`."""
+        strides, last = local.stride(), self._last
+        if last is None or strides != self._strides or local.dtype is not last.tensor_meta.dtype:  # type: ignore[union-attr]
+            whole = strides if self.shape == local.shape else global_strides(self.shape, strides)
+            last = spec_of(self.mesh, self.placements, self.shape, whole, local.dtype)
+            self._last, self._strides = last, strides
+        return last
+
+
 def wrap(
     local: torch.Tensor,
     mesh: DeviceMesh,
@@ -159,8 +178,14 @@ def wrap(
     else:
         strides = local.stride() if shape == local.shape else global_strides(shape, local.stride())
     spec = spec_of(mesh, placements, shape, strides, local.dtype)
-    if local.requires_grad:
-        local = local.detach()
+    out = under(local.detach() if local.requires_grad else local, spec, ledger)
+    if frozen_view:
+        out._frozen_view = True
+    return out
+
+
+def under(local: torch.Tensor, spec: DTensorSpec, ledger: Ledger | None) -> MeshTensor:
+    """`local`, which has no history, under a spec that is its own: half the time of `wrap`."""
     meta: Any = spec.tensor_meta
     out = torch.Tensor._make_wrapper_subclass(  # DTensor's own constructor takes twice the time
         MeshTensor, meta.shape, strides=meta.stride, dtype=meta.dtype, device=local.device, requires_grad=False
@@ -168,20 +193,6 @@ def wrap(
     out._local_tensor, out._spec = local, spec
     # what a module makes carries its record into backward, when the module no longer runs
     out._ledger = where.stack[-1][0] if ledger is None and where.stack else ledger
-    if frozen_view:
-        out._frozen_view = True
-    return out
-
-
-def alike(local: torch.Tensor, other: Any) -> MeshTensor:
-    """`local`, which lies as the part of `other` does and has no history, under the very spec of `other`: half the time
-    of `wrap`."""
-    spec, meta = other._spec, other._spec.tensor_meta
-    out = torch.Tensor._make_wrapper_subclass(
-        MeshTensor, meta.shape, strides=meta.stride, dtype=meta.dtype, device=local.device, requires_grad=False
-    )
-    out._local_tensor, out._spec = local, spec
-    out._ledger = where.stack[-1][0] if other._ledger is None and where.stack else other._ledger
     return out
 
 
@@ -216,5 +227,13 @@ def mesh_tensors(values: Any) -> list[Any]:
 
 def ledger_of(values: Any) -> Ledger | None:
     """The record to write to: that of the first mesh tensor that has one, else of the module that runs."""
-    found = next((t._ledger for t in mesh_tensors(values) if t._ledger is not None), None)
-    return found if found is not None or not where.stack else where.stack[-1][0]
+    for value in values:
+        if isinstance(value, MeshOps):
+            ledger: Ledger | None = value._ledger
+            if ledger is not None:
+                return ledger
+        elif isinstance(value, list | tuple):
+            found = next((t._ledger for t in mesh_tensors(value) if t._ledger is not None), None)
+            if found is not None:
+                return found
+    return where.stack[-1][0] if where.stack else None

@@ -159,23 +159,33 @@ class Transfer:
         lane: int = 0,
     ) -> None:
         """(rank in the group, tensor) each. Pieces of one rank for another arrive in the order they are posted in."""
-        sends = [(peer, piece) for peer, piece in sends if piece.numel()]
-        self._receives = [(peer, buffer) for peer, buffer in receives if buffer.numel()]
         self._works: list[dist.Work] = []
         self._keep: list[torch.Tensor] = []  # what messages are sent from must outlive the transfer
-        tensors = [tensor for _, tensor in (*sends, *self._receives)]
-        on_cpu = bool(tensors) and tensors[0].device.type == "cpu"
-        self._channels = channels(group, lane) if on_cpu else {}
+        self._receives: list[tuple[int, torch.Tensor]] = []
+        self._channels: dict[int, Channel] = {}
+        either = sends or receives
+        if not either:
+            return
+        if either[0][1].device.type == "cpu":
+            self._channels = channels(group, lane)
+        for peer, buffer in receives:
+            if buffer.numel():
+                self._receives.append((peer, buffer))
+                if self._channels:
+                    self._channels[peer].expect([buffer])
         if self._channels:
-            for peer, buffer in self._receives:
-                self._channels[peer].expect([buffer])
             for peer, piece in sends:
-                self._channels[peer].send([piece], exchange_timeout_s)
-        elif tensors:
-            self._keep = [piece.contiguous() for _, piece in sends]
-            operations = [dist.P2POp(dist.irecv, b, group=group, group_peer=peer) for peer, b in self._receives]
-            for (peer, _), piece in zip(sends, self._keep, strict=True):
-                operations.append(dist.P2POp(dist.isend, piece, group=group, group_peer=peer))
+                if piece.numel():
+                    self._channels[peer].send([piece], exchange_timeout_s)
+            return
+        self._keep = [piece.contiguous() for _, piece in sends if piece.numel()]
+        peers = [peer for peer, piece in sends if piece.numel()]
+        operations = [dist.P2POp(dist.irecv, b, group=group, group_peer=peer) for peer, b in self._receives]
+        operations += [
+            dist.P2POp(dist.isend, piece, group=group, group_peer=peer)
+            for peer, piece in zip(peers, self._keep, strict=True)
+        ]
+        if operations:
             self._works = dist.batch_isend_irecv(operations)
 
     def is_complete(self) -> bool:

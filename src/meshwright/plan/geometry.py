@@ -36,6 +36,7 @@ def chunk(size: int, parts: int, index: int) -> Interval:
     return Interval(lo, min(size, lo + step))
 
 
+@lru_cache(maxsize=65536)
 def chunks(size: int, parts: int) -> tuple[Interval, ...]:
     """The intervals of all parts, in order."""
     return tuple(chunk(size, parts, index) for index in range(parts))

@@ -5,40 +5,42 @@ Both are made of pieces that land when backward has ended; what a hook changed m
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
 from meshwright.parallel.account import totals
 from meshwright.parallel.collective import Parts, Sum, SumQueue, summed_bytes
 from meshwright.parallel.comm import dense_strides
+from meshwright.parallel.decided import decided
 from meshwright.parallel.layout import PARTIAL, REPLICATE, owned, partial_axes, splits
 from meshwright.parallel.mesh import SUMS_LANE, coordinates, reduction_groups, sizes
-from meshwright.parallel.tensor import spec_of, version
-from meshwright.plan.geometry import chunk
-from meshwright.sync.memory import in_order, is_alone, is_dense, line_of, shaped
+from meshwright.parallel.tensor import spec_of
+from meshwright.plan.geometry import chunk, chunks
+from meshwright.sync.memory import changes, held, in_order, is_dense, line_of, shaped
+
+_nbytes = attrgetter("nbytes")
 
 
 class Summed:
     """Summands of gradients on their way to the sum along `axes`."""
 
-    def __init__(self, parameters: list[Any], axes: tuple[int, ...]) -> None:
-        self.parameters, self.axes = parameters, axes
-        grads = [p.grad for p in parameters]
-        self.mesh = grads[0]._spec.mesh
-        alone = [is_alone(grad) for grad in grads]
-        self.held = [(grad, grad._local_tensor, version(grad)) for grad in grads]
+    def __init__(self, found: list[tuple[Any, Any]], axes: tuple[int, ...]) -> None:
+        self.axes, self.held, self.mesh = axes, held(found), found[0][1]._spec.mesh
         # In the memory order of the parameters, which is the same on all ranks: that of gradients depends on the
         # kernels that a rank's part got.
-        self.parts = [in_order(p, held) for p, (_, held, _) in zip(parameters, self.held, strict=True)]
+        self.parts = [in_order(sent.parameter, sent.part) for sent in self.held]
         lines = [line_of(part) for part in self.parts]
         # Sums in the memory of their summands, where nobody else sees it: fresh memory costs more than the sum.
         out = [
-            line if is_ours or part is not held else torch.empty_like(line)
-            for line, is_ours, part, (_, held, _) in zip(lines, alone, self.parts, self.held, strict=True)
+            line if sent.is_alone or part is not sent.part else torch.empty_like(line)
+            for line, part, sent in zip(lines, self.parts, self.held, strict=True)
         ]
         world, own_mesh = reduction_groups(self.mesh)
         if len(axes) == self.mesh.ndim:  # every rank of the job: one all-reduce instead of one per axis
@@ -50,7 +52,7 @@ class Summed:
     def _start(
         self, parts: Sequence[torch.Tensor], out: Sequence[torch.Tensor], pg: dist.ProcessGroup, ranks: int
     ) -> Sum:
-        nbytes = summed_bytes(sum(part.numel() * part.element_size() for part in parts), ranks)
+        nbytes = summed_bytes(sum(map(_nbytes, parts)), ranks)
         totals.sent_bytes += nbytes
         totals.reduced_bytes += nbytes
         totals.messages += 1
@@ -64,46 +66,38 @@ class Summed:
             queue.add(self.work)  # other modules have sums on this axis, too
             queue.fold([self.work])
             self.work.wait()
-        changed = []
-        given = zip(self.parameters, self.held, self.parts, self.work.results, strict=True)
-        for p, (grad, held, before), part, total in given:
-            if is_changed(p, grad, held, before):
-                changed.append(tuple(p.shape))
+        changed = changes(self.held)
+        for sent, part, total in zip(self.held, self.parts, self.work.results, strict=True):
+            p, grad, before = sent.parameter, sent.grad, sent.part
+            if id(p) in changed:
                 continue
-            placements = tuple(
-                REPLICATE if axis in self.axes else place for axis, place in enumerate(grad._spec.placements)
-            )
-            shape = tuple(grad._spec.shape)
-            grad._spec = spec_of(self.mesh, placements, shape, grad._spec.tensor_meta.stride, part.dtype)
+            grad._spec = _summed(grad._spec, self.axes)
             local = part if total.data_ptr() == part.data_ptr() else shaped(total, part)
-            if local.stride() != held.stride():  # the same numbers in the strides that the gradient had
-                local = torch.empty_strided(held.shape, held.stride(), dtype=held.dtype, device=held.device).copy_(
-                    local
-                )
+            if local is not before and local.stride() != before.stride():  # in the strides that the gradient had
+                local = before.new_empty_strided(before.shape, before.stride()).copy_(local)
             grad._local_tensor = local
-        return changed
+        return list(changed.values())
 
 
 class Gathered:
     """Parts of gradients, split along their first dim over the ranks of `axis`, on their way to everybody."""
 
-    def __init__(self, parameters: list[Any], axis: int) -> None:
-        self.parameters = parameters
-        grads = [p.grad for p in parameters]
-        self.mesh = grads[0]._spec.mesh
-        self.held = [(grad, grad._local_tensor, version(grad)) for grad in grads]
+    def __init__(self, found: list[tuple[Any, Any]], axis: int) -> None:
+        self.held, self.mesh = held(found), found[0][1]._spec.mesh
         ranks, me = sizes(self.mesh)[axis], coordinates(self.mesh)[axis]
         self.wholes, parts = [], []
-        for p, (_, held, _) in zip(parameters, self.held, strict=True):
-            whole = _blank(p, held)
-            spans = [chunk(whole.shape[0], ranks, rank) for rank in range(ranks)]
-            each = [whole.narrow(0, span.lo, span.size) for span in spans]
-            each[me].copy_(held)
+        for sent in self.held:
+            part, shape, strides = sent.part, tuple(sent.parameter._spec.shape), _strides(sent.parameter)
+            first = chunk(shape[0], ranks, me).lo
+            whole = _around(part, shape, strides, first) if sent.is_alone else None
+            if whole is None:
+                whole = part.new_empty_strided(shape, strides)
+                whole.narrow(0, first, part.shape[0]).copy_(part)
             self.wholes.append(whole)
-            parts.append([line_of(part) for part in each])
+            parts.append(_chunks(line_of(whole), shape[0], ranks))
         mine = [lines[me] for lines in parts]
         theirs = {rank: [lines[rank] for lines in parts] for rank in range(ranks) if rank != me}
-        nbytes = sum(line.numel() * line.element_size() for line in mine)
+        nbytes = sum(map(_nbytes, mine))
         totals.sent_bytes += nbytes * len(theirs)
         totals.reduced_bytes += nbytes * len(theirs)
         totals.messages += len(theirs) if nbytes else 0
@@ -112,48 +106,74 @@ class Gathered:
     def land(self, _: SumQueue) -> list[tuple[int, ...]]:
         """Wait, and give every parameter all of its gradient, but those of the shapes returned, as `Summed` does."""
         self.work.wait()
-        changed = []
-        for p, (grad, held, before), whole in zip(self.parameters, self.held, self.wholes, strict=True):
-            if is_changed(p, grad, held, before):
-                changed.append(tuple(p.shape))
+        changed = changes(self.held)
+        for sent, whole in zip(self.held, self.wholes, strict=True):
+            if id(sent.parameter) in changed:
                 continue
-            strides = dense_strides(held, whole.shape)  # the same numbers in the memory order that the gradient had
+            strides = dense_strides(sent.part, whole.shape)  # the same numbers in the order that the gradient had
             if strides != whole.stride():
-                whole = torch.empty_strided(whole.shape, strides, dtype=held.dtype, device=held.device).copy_(whole)
-            everywhere = (REPLICATE,) * self.mesh.ndim
-            grad._spec = spec_of(self.mesh, everywhere, tuple(whole.shape), strides, held.dtype)
-            grad._local_tensor = whole
-        return changed
+                whole = whole.new_empty_strided(whole.shape, strides).copy_(whole)
+            sent.grad._spec = _gathered(sent.grad._spec, strides)
+            sent.grad._local_tensor = whole
+        return list(changed.values())
 
 
-def is_changed(p: Any, grad: Any, held: torch.Tensor, before: int) -> bool:
-    """Whether somebody changed a gradient since its part `held` was sent."""
-    return p.grad is not grad or grad._local_tensor is not held or version(grad) != before
+def _chunks(line: torch.Tensor, rows: int, ranks: int) -> list[torch.Tensor]:
+    """The memory of each rank's chunk of `rows` that lie one behind the other."""
+    width = line.shape[0] // max(1, rows)
+    return list(line.split([(span.hi - span.lo) * width for span in chunks(rows, ranks)]))
 
 
-def _blank(p: Any, held: torch.Tensor) -> torch.Tensor:
-    """Memory for a gradient in the order of its parameter if filters lie one behind the other there, which is the same
-    on all ranks."""
+def _strides(p: Any) -> tuple[int, ...]:
+    """Those of the gradient of a parameter whose filters lie one behind the other: those of the parameter if it is so,
+    which are the same on all ranks."""
     shape, local = tuple(p._spec.shape), p._local_tensor
-    found = local if local.shape == shape and is_dense(local) else held.new_empty(shape, device="meta")
-    strides = found.stride() if found.stride(0) * shape[0] == found.numel() else None
-    out = held.new_empty(shape)
-    return out if strides is None else out.as_strided_(shape, strides)
+    if local.shape == shape and is_dense(local) and local.stride(0) * shape[0] == local.numel():
+        strides: tuple[int, ...] = local.stride()
+        return strides
+    return torch.empty(shape, device="meta").stride()
 
 
-def gathered_axis(grad: Any) -> int | None:
-    """The axis along which ranks have parts of a gradient that is neither a summand nor split any other way."""
-    found = splits(tuple(grad._spec.placements))
-    alone = len(found) == 1 and found[0][1] == 0 and not partial_axes(tuple(grad._spec.placements))
-    return found[0][0] if alone else None
+def _around(held: torch.Tensor, shape: tuple[int, ...], strides: tuple[int, ...], first: int) -> torch.Tensor | None:
+    """All of a gradient in the memory of a part of it, from `first` on, if that was made where the whole has it. The
+    part is alone there, so nobody sees what is written beside it."""
+    memory = held.untyped_storage()
+    fits = held.stride() == strides and memory.nbytes() == math.prod(shape) * held.element_size()
+    if not fits or held.storage_offset() != first * strides[0]:
+        return None
+    return held.new_empty(0).set_(memory, 0, shape, strides)
+
+
+@decided(1)
+def way_of(spec: DTensorSpec) -> int | tuple[int, ...] | None:
+    """The axis along which ranks have parts of a gradient that is neither a summand nor split any other way; the axes
+    along which they have summands; None if it is split otherwise."""
+    placements = tuple(spec.placements)
+    found, axes = splits(placements), partial_axes(placements)
+    if not found:
+        return axes
+    return found[0][0] if len(found) == 1 and found[0][1] == 0 and not axes else None
+
+
+@decided(1)
+def _summed(spec: DTensorSpec, axes: tuple[int, ...]) -> DTensorSpec:
+    """That of the sum along `axes`."""
+    placements = tuple(REPLICATE if axis in axes else place for axis, place in enumerate(spec.placements))
+    meta: Any = spec.tensor_meta
+    return spec_of(spec.mesh, placements, tuple(meta.shape), meta.stride, meta.dtype)
+
+
+@decided(1)
+def _gathered(spec: DTensorSpec, strides: tuple[int, ...]) -> DTensorSpec:
+    """That of a gradient of which every rank has all."""
+    meta: Any = spec.tensor_meta
+    return spec_of(spec.mesh, (REPLICATE,) * spec.mesh.ndim, tuple(meta.shape), strides, meta.dtype)
 
 
 def as_summand(grad: Any) -> None:
     """A gradient that came split (of a weight as wide as the activation) as a summand: zeros where others own it."""
     spec = grad._spec
     placements = tuple(spec.placements)
-    if not splits(placements):
-        return
     shape = tuple(spec.shape)
     whole = grad._local_tensor.new_zeros(shape)
     part = whole

@@ -3,13 +3,48 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
+
+_version, _grad = (torch._C.TensorBase.__dict__[name].__get__ for name in ("_version", "grad"))
+
+
+class Held(NamedTuple):
+    """A gradient as it was when its part was sent."""
+
+    parameter: Any
+    grad: Any
+    part: torch.Tensor
+    writes: int  # to the gradient
+    is_alone: bool
+
+
+def held(found: list[tuple[Any, Any]]) -> list[Held]:
+    """Parameters and their gradients as they are now."""
+    alone = [is_alone(grad) for _, grad in found]
+    with torch._C.DisableTorchFunctionSubclass():
+        return [
+            Held(p, grad, grad._local_tensor, _version(grad), is_ours)
+            for (p, grad), is_ours in zip(found, alone, strict=True)
+        ]
+
+
+def changes(sent: list[Held]) -> dict[int, tuple[int, ...]]:
+    """The parameters (by number, with their shapes) whose gradients somebody has changed since."""
+    found = {}
+    with torch._C.DisableTorchFunctionSubclass():
+        for p, grad, part, writes, _ in sent:
+            if _grad(p) is not grad or grad._local_tensor is not part or _version(grad) != writes:
+                found[id(p)] = tuple(p._spec.shape)
+    return found
 
 
 def in_order(p: Any, grad: torch.Tensor) -> torch.Tensor:
     """`grad` dense in the memory order of its parameter."""
+    if grad.ndim == 1:
+        return grad.contiguous()
     local = p._local_tensor
     order = local.stride() if local.shape == grad.shape and is_dense(local) else None
     if order is None or grad.stride() == order:
@@ -19,7 +54,7 @@ def in_order(p: Any, grad: torch.Tensor) -> torch.Tensor:
 
 def line_of(t: torch.Tensor) -> torch.Tensor:
     """The memory of a dense tensor."""
-    return t.as_strided((t.numel(),), (1,))
+    return t if t.ndim == 1 else t.as_strided((t.numel(),), (1,))
 
 
 def shaped(line: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -45,13 +80,19 @@ _LONE = _holders(_Lone())  # versions of Python count differently
 
 def is_alone(grad: Any) -> bool:
     """Whether nobody but `grad` sees the memory of its part: no other mesh tensor, and no view."""
-    return all(count <= lone for count, lone in zip(_holders(grad), _LONE, strict=True))
+    part, memory = _holders(grad)
+    return part <= _LONE[0] and memory <= _LONE[1]
 
 
 def is_dense(t: torch.Tensor) -> bool:
     """Whether the elements of `t` fill its memory without gaps or overlap."""
+    return _fills(t.shape, t.stride())
+
+
+@lru_cache(maxsize=4096)
+def _fills(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     expected = 1
-    for size, stride in sorted(zip(t.shape, t.stride(), strict=True), key=lambda entry: entry[1]):
+    for size, stride in sorted(zip(shape, strides, strict=True), key=lambda entry: entry[1]):
         if size == 1:
             continue
         if stride != expected:

@@ -19,16 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 from torch.autograd import Variable
-from torch.utils.weak import WeakIdKeyDictionary
 
 from meshwright.errors import ExchangeError, MeshwrightError, UnsupportedError
 from meshwright.parallel.account import totals
 from meshwright.parallel.apply import set_reducer
-from meshwright.parallel.layout import partial_axes
 from meshwright.parallel.mesh import reduction_groups
 from meshwright.parallel.tensor import is_mesh
 from meshwright.plan.exchange import buckets
-from meshwright.sync.flights import Gathered, Summed, as_summand, gathered_axis
+from meshwright.sync.flights import Gathered, Summed, as_summand, way_of
 from meshwright.sync.order import Run, Sums, sums_on
 
 if TYPE_CHECKING:
@@ -48,8 +46,30 @@ def _named() -> Iterator[None]:
         ) from error
 
 
+_REDUCED_BY = "_meshwright_reduced_by"  # an attribute of parameters: the mark of who reduces their gradients
+
+
 def _living(bucket: list[weakref.ref[Any]]) -> list[Any]:
-    return [p for p in (ref() for ref in bucket) if p is not None]
+    return [p for ref in bucket if (p := ref()) is not None]
+
+
+def _parameters(root: torch.nn.Module) -> list[Any]:
+    """Those of `root.parameters()`, in that order, but as often as they are used, in a fifth of its time: they are
+    looked through in every step."""
+    found: list[Any] = []
+    seen: set[int] = set()
+    open_: list[torch.nn.Module | None] = [root]
+    while open_:
+        module = open_.pop()
+        if module is None or id(module) in seen:
+            continue
+        seen.add(id(module))
+        for p in module._parameters.values() if module._parameters else ():
+            if p is not None:
+                found.append(p)
+        if module._modules:
+            open_.extend([*module._modules.values()][::-1])
+    return found
 
 
 class Reducer:
@@ -59,7 +79,8 @@ class Reducer:
         self.enabled = True
         # Weak: the parameters' hooks hold the reducer, and a cycle through a hook is never collected.
         self._buckets: list[list[weakref.ref[Any]]] = []
-        self._place: Any = WeakIdKeyDictionary()  # parameter -> its bucket
+        self._known: dict[int, weakref.ref[Any]] = {}  # parameters by number, which another may have later
+        self._mark = object()  # on parameters that are known
         self._reset()
         self.adopt(module)
 
@@ -70,22 +91,25 @@ class Reducer:
         with torch._C.DisableTorchFunctionSubclass():  # what is asked here needs no rule, in every forward
             found: list[Any] = [
                 p
-                for p in module.parameters()
+                for p in _parameters(module)
                 if p.requires_grad
-                and p not in self._place
+                and getattr(p, _REDUCED_BY, None) is not self._mark
+                and not self._knows(p)
                 and is_mesh(p)
                 and p._spec.mesh.size() > 1  # alone there is nothing to sum
                 # not what `functional_call` puts in their place for one call
                 and isinstance(p, torch.nn.Parameter)
                 and p.is_leaf
             ]
+        found = list({id(p): p for p in found}.values())
         first = len(self._buckets)
         places = buckets([p._local_tensor.numel() * p._local_tensor.element_size() for p in found])
         self._buckets += [[] for _ in range(max(places, default=-1) + 1)]
         for p, place in reversed(list(zip(found, places, strict=True))):
             self._buckets[first + place].append(weakref.ref(p))
-            self._place[p] = first + place
-            p.register_post_accumulate_grad_hook(self._ready)
+            self._known[id(p)] = weakref.ref(p)
+            p.__dict__[_REDUCED_BY] = self._mark
+            p.register_post_accumulate_grad_hook(partial(self._ready, first + place))
         if found:
             self._reset()
 
@@ -98,19 +122,23 @@ class Reducer:
 
     def _begin(self, mesh: Any) -> Sums:
         """What this backward's sums are added to. Where the one before raised, its callback and run never came."""
-        if self._sums is None or self._run is None or self._run() is None:
-            self._reset()
-            sums = sums_on(mesh)
-            run = sums.begin()
-            Variable._execution_engine.queue_callback(partial(self._finish, sums, run))
-            self._sums, self._run = sums, weakref.ref(run)
-        return self._sums
+        self._reset()
+        sums = sums_on(mesh)
+        run = sums.begin()
+        Variable._execution_engine.queue_callback(partial(self._finish, sums, run))
+        self._sums, self._run = sums, weakref.ref(run)
+        return sums
 
-    def _ready(self, p: Any) -> None:
+    def _knows(self, p: Any) -> bool:
+        known = self._known.get(id(p))
+        return known is not None and known() is p
+
+    def _ready(self, place: int, p: Any) -> None:
         if not self.enabled:
             return
-        sums = self._begin(p._spec.mesh)
-        place = self._place[p]
+        run, sums = self._run, self._sums
+        if run is None or sums is None or run() is None:
+            sums = self._begin(p._spec.mesh)
         if place < self._started:
             raise UnsupportedError(
                 "a gradient was accumulated again after its sum had started (a parameter used in several reentrant "
@@ -121,20 +149,20 @@ class Reducer:
             self._start_next(sums)
 
     def _start_next(self, sums: Sums) -> None:
-        groups: dict[tuple[Any, ...], list[Any]] = {}
+        groups: dict[tuple[Any, ...], list[tuple[Any, Any]]] = {}
         for p in _living(self._buckets[self._started]):
             grad = p.grad
             if grad is None:
                 continue
-            axis = gathered_axis(grad)
-            if axis is None:
+            way = way_of(grad._spec)
+            if way is None:
                 as_summand(grad)
-            way = partial_axes(tuple(grad._spec.placements)) if axis is None else axis
+                way = way_of(grad._spec)
             if way != ():
-                groups.setdefault((way, grad._local_tensor.dtype), []).append(p)
-        for (way, _), parameters in groups.items():
+                groups.setdefault((way, grad._local_tensor.dtype), []).append((p, grad))
+        for (way, _), found in groups.items():
             with _named():
-                self._flights.append(Gathered(parameters, way) if isinstance(way, int) else Summed(parameters, way))
+                self._flights.append(Gathered(found, way) if isinstance(way, int) else Summed(found, way))
                 sums.queue.add(self._flights[-1].work)
         self._started += 1
 

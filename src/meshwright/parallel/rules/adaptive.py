@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.autograd import Function
 
 from meshwright.parallel.comm import all_gather_stack, all_reduce
 from meshwright.parallel.exchange import Line
 from meshwright.parallel.functions import function, placements_of
 from meshwright.parallel.layout import REPLICATE, with_axis
-from meshwright.parallel.redistribute import from_local, same
+from meshwright.parallel.node import Node
+from meshwright.parallel.parts import from_local
+from meshwright.parallel.redistribute import same
 from meshwright.parallel.rules.windows import (
     Space,
     enter,
@@ -111,7 +112,7 @@ def _placed(y: torch.Tensor, d: _Dim, outputs: int, value: float) -> torch.Tenso
     return F.pad(y, [0, 0] * (y.ndim - 1 - d.dim) + [before, after], value=value)
 
 
-class _Sum(Function):
+class _Sum(Node):
     """The sum over ranks of partial results. All ranks hold the result, so all hold its gradient already."""
 
     @staticmethod
@@ -124,7 +125,7 @@ class _Sum(Function):
         return _Copy.apply(grad, ctx.line), None
 
 
-class _Copy(Function):
+class _Copy(Node):
     """A replicated gradient that each rank goes on with in its own way: its own gradient is the sum of theirs."""
 
     @staticmethod
@@ -137,7 +138,7 @@ class _Copy(Function):
         return _Sum.apply(grad, ctx.line), None
 
 
-class _Picked(Function):
+class _Picked(Node):
     """`y` where it is `mine`, else the value `best` of its owner along `lines`, who gets the gradient."""
 
     @staticmethod

@@ -20,7 +20,8 @@ from meshwright.parallel.functions import as_mesh, cause_for, function, mesh_of,
 from meshwright.parallel.layout import REPLICATE, Placements, owned, split_axes, splits
 from meshwright.parallel.mesh import sizes
 from meshwright.parallel.operators import operator
-from meshwright.parallel.redistribute import from_local, redistribute, replicate, to_local
+from meshwright.parallel.parts import from_local, to_local
+from meshwright.parallel.redistribute import redistribute, replicate
 from meshwright.parallel.rules.aside import whole_dims
 from meshwright.parallel.rules.pointwise import aligned, cut
 from meshwright.parallel.rules.windows import nothing

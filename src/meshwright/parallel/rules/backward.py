@@ -15,7 +15,8 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from meshwright.parallel.functions import as_mesh, function
 from meshwright.parallel.history import EDGE, Keeper, as_gradient, history, node_of, observed, stand_alone
-from meshwright.parallel.redistribute import from_local, redistribute, same, to_local
+from meshwright.parallel.parts import from_local, to_local
+from meshwright.parallel.redistribute import redistribute, same
 from meshwright.parallel.tensor import is_mesh, wrap
 
 

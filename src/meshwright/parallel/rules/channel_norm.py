@@ -11,17 +11,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.kernels import memory_format
+from meshwright.parallel.node import Node
 from meshwright.parallel.norm_kernels import gradient_sums, input_gradient
 from meshwright.parallel.rules.standardize import differentiable, wide_dtype
 from meshwright.parallel.small import host, stacked, tensor
 
 
-class ChannelNorm(Function):
+class ChannelNorm(Node):
     """`(x - mean) / sqrt(var + eps) * weight + bias` on local parts [N, C, *space].
 
     `moments` [2, C] are mean and variance of all that the ranks along `axes` hold, `count` values a channel.
@@ -42,7 +42,8 @@ class ChannelNorm(Function):
     ) -> torch.Tensor:
         wide = wide_dtype(x)
         near, spread = tensor(moments, wide).unbind()
-        w, b = (None if value is None else value.to(wide) for value in (weight, bias))
+        w = weight if weight is None or weight.dtype is wide else weight.to(wide)
+        b = bias if bias is None or bias.dtype is wide else bias.to(wide)
         ctx.constants = moments, count, eps, mesh, axes, cause
         ctx.save_for_backward(x, weight, bias, near, spread)
         return torch.batch_norm(x, w, b, near, spread, False, 0.0, eps, False) if x.numel() else torch.empty_like(x)

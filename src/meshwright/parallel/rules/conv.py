@@ -10,51 +10,40 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from meshwright.cluster.process_group import when_leaving
 from meshwright.parallel.comm import Cause
+from meshwright.parallel.decided import decided
 from meshwright.parallel.exchange import Line
 from meshwright.parallel.functions import (
-    as_mesh,
     autocast,
     cause_for,
     function,
     gathered,
-    mesh_of,
-    placements_of,
+    meshed,
     tuple_of,
+    whole_placements,
 )
 from meshwright.parallel.kernels import as_matrix
-from meshwright.parallel.layout import Placements, axis_of, local_shape, split_axes
-from meshwright.parallel.redistribute import from_local, replicate, to_local
-from meshwright.parallel.rules.filters import by_filters
+from meshwright.parallel.layout import axis_of, local_shape, split_axes
+from meshwright.parallel.parts import laid, to_local
+from meshwright.parallel.redistribute import replicate
+from meshwright.parallel.rules.filters import Filters, by_filters
 from meshwright.parallel.rules.halo import Cut
 from meshwright.parallel.rules.halo_conv import SpatialConv, Work
+from meshwright.parallel.rules.lines import are_lines
 from meshwright.parallel.signature import Conv, Signature, signature
+from meshwright.parallel.tensor import Layout
 from meshwright.plan.geometry import Interval, chunks, reached
 
 WIDE_PLANE = 64  # outputs in a plane, of all samples: then the planes of a window cost more than the weight
 MAX_THIN = 8  # more output planes than this near a cut: one window is cheaper than plane by plane
 
 
-class _Asked(NamedTuple):
-    """All that decides what a convolution does on this rank."""
-
-    mesh: DeviceMesh
-    placements: Placements
-    shape: tuple[int, ...]
-    weight_shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    padding: str | tuple[int, ...]
-    dilation: tuple[int, ...]
-    groups: int
-    local: Signature
-    weight: Signature
-    cause: Cause
+Settings = tuple[tuple[int, ...], str | tuple[int, ...], tuple[int, ...], int]  # stride, padding, dilation, groups
 
 
 @function(torch.conv1d, torch.conv2d, torch.conv3d)
@@ -62,35 +51,52 @@ def conv(
     input: Any, weight: Any, bias: Any = None, stride: Any = 1, padding: Any = 0, dilation: Any = 1, groups: int = 1
 ) -> Any:
     """Convolution of any kernel, stride, padding, dilation and groups; 1-D to 3-D."""
-    mesh = mesh_of(input, weight, bias)
-    x, weight, bias = (as_mesh(v, mesh) for v in (input, weight, bias))
-    n = weight.ndim - 2
-    if x.ndim == n + 1:
+    x, weight, bias = meshed(input, weight, bias)
+    shape = tuple(weight._spec.tensor_meta.shape)
+    n = len(shape) - 2
+    if len(x._spec.tensor_meta.shape) == n + 1:
         return conv(x.unsqueeze(0), weight, bias, stride, padding, dilation, groups).squeeze(0)
-    settings = (tuple_of(stride, n), padding if isinstance(padding, str) else tuple_of(padding, n))
-    constants = (x.shape, weight.shape, *settings, tuple_of(dilation, n), groups)
-    cause, filters = cause_for("convolution", x, weight), by_filters(x, weight, groups)
+    try:
+        settings = _settings(stride, padding, dilation, groups, n)
+    except TypeError:  # lists
+        settings = _settings.__wrapped__(stride, padding, dilation, groups, n)
+    cause, filters = cause_for("convolution", x, weight), by_filters(x._spec, weight._spec, groups)
     if filters is not None:
         w, b = filters.part(weight), None if bias is None else filters.part(bias)
         x, w, b = autocast(x, w, b)
-        held, placements = filters.placements(x)
-        out_shape, work = _planned(_Asked(mesh, held, *constants, signature(to_local(x)), signature(w), cause))
-        return from_local(filters.convolved(x, w, b, work, cause), mesh, placements, out_shape, cause.ledger)
+        layout, _, work = _planned(x._spec, cause, filters, shape, settings, signature(x._local_tensor), signature(w))
+        return laid(filters.convolved(x, w, b, shape[0], work, cause), layout, cause.ledger)
     x, weight, bias = autocast(x, weight, bias)
     x = gathered(x, [1], "convolution")
-    placements = placements_of(x)
-    axes, local = split_axes(placements), to_local(x)
     weight, bias = replicate(weight), None if bias is None else replicate(bias)
+    local, held = to_local(x), weight._local_tensor
+    layout, axes, work = _planned(x._spec, cause, None, shape, settings, signature(local), signature(held))
     w, b = to_local(weight, axes), None if bias is None else to_local(bias, axes)
-    out_shape, work = _planned(_Asked(mesh, placements, *constants, signature(local), signature(w), cause))
-    y = SpatialConv.apply(local, w, b, *work)
-    return from_local(y, mesh, placements, out_shape, cause.ledger)
+    return laid(SpatialConv.apply(local, w, b, work), layout, cause.ledger)
 
 
 @lru_cache(maxsize=4096)
-def _planned(asked: _Asked) -> tuple[tuple[int, ...], Work]:
-    """The global shape of the result, and the work of this rank."""
-    mesh, placements, shape, weight_shape, stride, padding, dilation, groups, local, weight, cause = asked
+def _settings(stride: Any, padding: Any, dilation: Any, groups: int, n: int) -> Settings:
+    padding = padding if isinstance(padding, str) else tuple_of(padding, n)
+    return tuple_of(stride, n), padding, tuple_of(dilation, n), groups
+
+
+@decided(2)
+def _planned(
+    x: DTensorSpec,
+    cause: Cause,
+    filters: Filters | None,
+    weight_shape: tuple[int, ...],
+    settings: Settings,
+    local: Signature,
+    weight: Signature,
+) -> tuple[Layout, tuple[int, ...], Work]:
+    """Where the result lies, the axes along which ranks compute on different data, and the work of this rank."""
+    mesh, shape, placements = x.mesh, tuple(x.shape), whole_placements(x)
+    out = placements
+    if filters is not None:
+        placements, out = filters.placements(placements)
+    stride, padding, dilation, groups = settings
     kernel, n = weight_shape[2:], len(weight_shape) - 2
     reach = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
     if padding == "same":
@@ -118,18 +124,17 @@ def _planned(asked: _Asked) -> tuple[tuple[int, ...], Work]:
             line = Line(mesh, axis, i + 2, cause)
             args = (shape[i + 2], kernel[i], stride[i], dilation[i], ends[i][0])
             cuts.append(_cut(line, *args, chunks(sizes_out[i], line.ranks)))
-    pads, settings = list(ends), Conv(stride, dilation, groups)
+    pads, constants = list(ends), Conv(stride, dilation, groups)
     light = _is_light(local, weight, local_out, cuts)
-    light = light and not as_matrix(local, weight, settings, local_out, "weight")
+    light = light and not as_matrix(local, weight, constants, local_out, "weight")
     hidden = light and all(_is_thin(cut, stride[cut.dim - 2]) for cut in cuts)
     for cut in cuts:
         have, want = cut.owned[cut.line.me], cut.wanted[cut.line.me]
         before, after = cut.edge
         pads[cut.dim - 2] = (before + have.lo - want.lo, after + want.hi - have.hi) if hidden else cut.edge
-    return out_shape, Work(settings, tuple(pads), tuple(local_out), tuple(cuts), hidden)
-
-
-when_leaving(_planned.cache_clear)  # it holds meshes, which hold groups
+    lines = hidden and are_lines(local, weight, constants)
+    work = Work(constants, tuple(pads), tuple(local_out), tuple(cuts), hidden, lines)
+    return Layout(mesh, out, out_shape), split_axes(placements), work
 
 
 def _cut(line: Line, size: int, k: int, s: int, d: int, p: int, outs: tuple[Interval, ...]) -> Cut:

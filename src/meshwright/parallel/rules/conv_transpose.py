@@ -26,7 +26,8 @@ from meshwright.parallel.guards import unreliable
 from meshwright.parallel.kernels import memory_format, widened
 from meshwright.parallel.layout import axis_of, local_shape, owned, split_axes
 from meshwright.parallel.mesh import sizes
-from meshwright.parallel.redistribute import from_local, replicate, to_local
+from meshwright.parallel.parts import from_local, to_local
+from meshwright.parallel.redistribute import replicate
 from meshwright.parallel.rules.conv import conv
 from meshwright.parallel.signature import Conv
 from meshwright.plan.geometry import Interval, chunks

@@ -13,12 +13,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import Function
 
 from meshwright.cluster.process_group import when_leaving
 from meshwright.parallel.comm import dense_strides
 from meshwright.parallel.exchange import Intervals, Line, Posted
 from meshwright.parallel.kernels import memory_format
+from meshwright.parallel.node import Node
 from meshwright.parallel.rules.grids import Grid
 from meshwright.parallel.rules.windows import Space
 from meshwright.plan.geometry import Interval, chunks
@@ -139,7 +139,7 @@ def _edges(grid: Grid, size: int, outs: Intervals) -> tuple[tuple[int, tuple[Edg
     return tuple(found)
 
 
-class EdgePool(Function):
+class EdgePool(Node):
     """Maxima of this rank's windows. `window`: the same of a local part by way of a window, for second gradients."""
 
     @staticmethod

@@ -12,25 +12,25 @@ al., "Integrated model, batch, and domain parallelism in training neural network
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import Function
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
+from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
-from meshwright.cluster.process_group import when_leaving
 from meshwright.parallel.comm import Cause
-from meshwright.parallel.exchange import Fetch, Line, Return, fetched, returned
-from meshwright.parallel.functions import placements_of
+from meshwright.parallel.decided import decided
+from meshwright.parallel.exchange import Fetch, Intervals, Line, Return, fetched, returned
+from meshwright.parallel.functions import whole_placements
 from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import REPLICATE, Placements, splits, with_axis
 from meshwright.parallel.mesh import sizes
-from meshwright.parallel.redistribute import to_local, to_part
+from meshwright.parallel.node import Node
+from meshwright.parallel.parts import to_local, to_part
 from meshwright.parallel.rules.halo_conv import InputGradient, WeightGradient, Work, main_backward, main_forward, own
 from meshwright.plan.filters import filters_axis
-from meshwright.plan.geometry import Interval, chunks
+from meshwright.plan.geometry import Interval, chunk, chunks
 
 
 class Filters(NamedTuple):
@@ -40,33 +40,40 @@ class Filters(NamedTuple):
     dim: int
     others: tuple[int, ...]
 
-    def placements(self, x: Any) -> tuple[Placements, Placements]:
-        """Those of the input while it is convolved, and of the result."""
-        held = placements_of(x)
-        return with_axis(held, self.axis, REPLICATE), with_axis(held, self.axis, Shard(1))
-
     def part(self, weight: Any) -> torch.Tensor:
         """This rank's filters of a weight or bias."""
         return to_part(weight, self.axis, self.others)
 
-    def convolved(self, x: Any, weight: torch.Tensor, bias: torch.Tensor | None, work: Work, cause: Cause) -> Any:
-        """This rank's filters over all of `x`, a local tensor."""
-        line = Line(x._spec.mesh, self.axis, self.dim, cause)
+    def placements(self, held: Placements) -> tuple[Placements, Placements]:
+        """Those of an input so `held` while it is convolved, and of the result."""
+        return with_axis(held, self.axis, REPLICATE), with_axis(held, self.axis, Shard(1))
+
+    def convolved(
+        self, x: Any, weight: torch.Tensor, bias: torch.Tensor | None, filters: int, work: Work, cause: Cause
+    ) -> Any:
+        """This rank's part of all `filters` over all of `x`, a local tensor."""
         if cause.ledger is not None:
             cause.ledger.by_filters = True
-        return FilterConv.apply(to_local(x), weight, bias, work, line, x.shape[self.dim])
+        ways = _ways(x._spec, self.axis, self.dim, cause)
+        return FilterConv.apply(to_local(x), weight, bias, filters, work, *ways)
 
 
-class FilterConv(Function):
-    """The convolution of an input of which each rank along `line` has a part, `size` positions in all."""
+class FilterConv(Node):
+    """The convolution of an input of which each rank has a part; `ways` is what `fetched` takes to make it whole, and
+    `filters` how many all ranks have."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: Work, line: Line, size: int
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        filters: int,
+        work: Work,
+        *ways: Any,
     ) -> torch.Tensor:
-        ways = chunks(size, line.ranks), (Interval(0, size),) * line.ranks, line
         whole = fetched(x, *ways).contiguous(memory_format=memory_format(x))
-        ctx.work, ctx.ways, ctx.has_bias = work, ways, bias is not None
+        ctx.filters, ctx.work, ctx.ways, ctx.has_bias = filters, work, ways, bias is not None
         ctx.save_for_backward(x, whole, weight)
         return own(main_forward(whole, weight, bias, work.conv, work.pads, work.out_sizes))
 
@@ -75,7 +82,7 @@ class FilterConv(Function):
         work: Work = ctx.work
         x, whole, weight = ctx.saved_tensors
         asks_x, asks_weight = ctx.needs_input_grad[:2]
-        asks_bias, rest = ctx.has_bias and ctx.needs_input_grad[2], (None,) * 3
+        asks_bias, rest = ctx.has_bias and ctx.needs_input_grad[2], (None,) * 5
         d_weight, home = None, None
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
             d_bias = grad.sum((0, *range(2, grad.ndim))) if asks_bias else None
@@ -87,29 +94,36 @@ class FilterConv(Function):
             d_whole = main_backward(grad, whole, weight, work.conv, work.pads, (True, False, False))[0]
             assert d_whole is not None
             home = returned(d_whole, *ctx.ways)  # behind the gradient of the weight
-        mask = (False, asks_weight, asks_bias)
-        _, d_weight, d_bias = main_backward(grad, whole, weight, work.conv, work.pads, mask)
+        mask, room = (False, asks_weight, asks_bias), partial(_room, weight, ctx.filters, ctx.ways[-1])
+        _, d_weight, d_bias = main_backward(grad, whole, weight, work.conv, work.pads, mask, room)
         return None if home is None else home(), d_weight, d_bias, *rest
 
 
-def by_filters(x: Any, weight: Any, groups: int) -> Filters | None:
-    """How the convolution of mesh tensor `x` is split by filters; None if it is better split in space, or if the weight
-    belongs to another plan, whose ranks share it in another way."""
-    if weight._spec.mesh is not x._spec.mesh:
+def _room(part: torch.Tensor, filters: int, line: Line) -> torch.Tensor:
+    """Memory for the gradient of this rank's part of a weight, within memory for that of all `filters`: there the
+    gradients of the others will join it (`sync/flights.py`)."""
+    whole = part.new_empty_strided((filters, *part.shape[1:]), part.stride())
+    return whole.narrow(0, chunk(filters, line.ranks, line.me).lo, part.shape[0])
+
+
+@decided(1)
+def _ways(spec: DTensorSpec, axis: int, dim: int, cause: Cause) -> tuple[Intervals, Intervals, Line]:
+    """What each rank along `axis` has of `dim`, and wants of it: all."""
+    line, size = Line(spec.mesh, axis, dim, cause), spec.shape[dim]
+    return chunks(size, line.ranks), (Interval(0, size),) * line.ranks, line
+
+
+@decided(2)
+def by_filters(x: DTensorSpec, weight: DTensorSpec, groups: int) -> Filters | None:
+    """How the convolution of an input is split by filters; None if it is better split in space, or if the weight
+    belongs to another plan, whose ranks share it in another way. The same on every rank."""
+    if weight.mesh is not x.mesh:
         return None
-    return _chosen(x._spec.mesh, placements_of(x), tuple(x._spec.shape), tuple(weight._spec.shape), groups)
-
-
-@lru_cache(maxsize=4096)
-def _chosen(
-    mesh: DeviceMesh, placements: Placements, shape: tuple[int, ...], weight_shape: tuple[int, ...], groups: int
-) -> Filters | None:
-    """The same on every rank."""
-    held = dict(splits(placements))
+    ranks, held = sizes(x.mesh), dict(splits(whole_placements(x)))
     axis = filters_axis(
-        shape, weight_shape, groups, [(at, dim, n) for at, dim in held.items() if (n := sizes(mesh)[at]) > 1]
+        tuple(x.shape),
+        tuple(weight.shape),
+        groups,
+        [(at, dim, ranks[at]) for at, dim in held.items() if ranks[at] > 1],
     )
     return None if axis is None else Filters(axis, held[axis], tuple(other for other in held if other != axis))
-
-
-when_leaving(_chosen.cache_clear)  # it holds meshes, which hold groups

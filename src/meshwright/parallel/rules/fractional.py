@@ -14,7 +14,8 @@ import torch.nn.functional as F
 
 from meshwright.parallel.functions import as_mesh, function, gathered
 from meshwright.parallel.layout import replicated
-from meshwright.parallel.redistribute import redistribute, to_local
+from meshwright.parallel.parts import to_local
+from meshwright.parallel.redistribute import redistribute
 from meshwright.parallel.rules.windows import enter, nothing
 from meshwright.parallel.tensor import wrap
 

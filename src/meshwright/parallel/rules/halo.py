@@ -10,7 +10,7 @@ import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -50,7 +50,7 @@ class Cut:
     edge: tuple[int, int]  # zeros before and after the wanted interval: the padding of the volume itself
     taps: tuple[int, int, int]  # kernel, stride and dilation
 
-    @property
+    @cached_property
     def dim(self) -> int:
         return self.line.dim
 
@@ -161,6 +161,8 @@ def _extended(x: torch.Tensor, cuts: Sequence[Cut]) -> list[int]:
 
 def post(x: torch.Tensor, cut: Cut, halos: Sequence[Halo], before: Sequence[Cut]) -> Posted:
     """Strips of the extended part on their way along `cut`."""
+    if not before:
+        return Posted(x, cut.owned, cut.wanted, cut.line)
     own = cut.owned[cut.line.me].lo
 
     def take(span: Interval) -> torch.Tensor:
@@ -172,12 +174,8 @@ def post(x: torch.Tensor, cut: Cut, halos: Sequence[Halo], before: Sequence[Cut]
 def post_back(x: torch.Tensor, d_halo: Halo, before: Sequence[Cut]) -> Posted:
     """Gradients of a cut's planes on their way home."""
     cut = d_halo.cut
-
-    def take(span: Interval) -> torch.Tensor:
-        held, plane = next(pair for pair in zip(cut.spans, d_halo.planes, strict=True) if pair[0].meet(span).size)
-        return plane if held == span else plane.narrow(cut.dim, span.lo - held.lo, span.size)
-
-    return Posted(x, cut.wanted, cut.owned, cut.line, take, _extended(x, before))
+    planes = dict(zip(cut.spans, d_halo.planes, strict=True))
+    return Posted(x, cut.wanted, cut.owned, cut.line, planes.__getitem__, _extended(x, before) if before else None)
 
 
 def arrived(posted: Posted, pads: Pads, cut: Cut, before: Sequence[Cut]) -> Halo:
@@ -222,6 +220,19 @@ def _halo_pads(pads: Pads, before: Sequence[Cut]) -> Pads:
     return tuple(edges.get(i, pad) for i, pad in enumerate(pads))
 
 
+@lru_cache(maxsize=4096)
+def _flat(conv: Conv, pads: Pads, dim: int) -> tuple[Conv, Pads]:
+    """Those of a convolution without `dim`."""
+    return Conv(_without(conv.stride, dim), _without(conv.dilation, dim), conv.groups), _without(pads, dim)
+
+
+@lru_cache(maxsize=4096)
+def _one_plane(conv: Conv, pads: Pads, dim: int) -> tuple[Conv, Pads]:
+    """Those of a convolution that gives one output along `dim`."""
+    stride = (*conv.stride[: dim - 2], 1, *conv.stride[dim - 1 :])
+    return Conv(stride, conv.dilation, conv.groups), (*pads[: dim - 2], (0, 0), *pads[dim - 1 :])
+
+
 def _without(values: Sequence[Any], dim: int) -> tuple[Any, ...]:
     return (*values[: dim - 2], *values[dim - 1 :])
 
@@ -229,11 +240,8 @@ def _without(values: Sequence[Any], dim: int) -> tuple[Any, ...]:
 def _thin(part: torch.Tensor, weight: torch.Tensor, conv: Conv, pads: Any, dim: int) -> tuple[Any, ...]:
     """A slab that yields one output plane: a convolution with one dim less where a single tap reads it."""
     if weight.shape[dim] == 1 and weight.ndim > 3:
-        flat = Conv(_without(conv.stride, dim), _without(conv.dilation, dim), conv.groups)
-        return part.squeeze(dim), weight.squeeze(dim), flat, _without(pads, dim), True
-    stride = (*conv.stride[: dim - 2], 1, *conv.stride[dim - 1 :])
-    here = (*pads[: dim - 2], (0, 0), *pads[dim - 1 :])
-    return part, weight, Conv(stride, conv.dilation, conv.groups), here, False
+        return part.squeeze(dim), weight.squeeze(dim), *_flat(conv, pads, dim), True
+    return part, weight, *_one_plane(conv, pads, dim), False
 
 
 def thin_forward(

@@ -12,17 +12,21 @@ of its own: `SpatialConv` (x, w → y), `InputGradient` (dy, w → dx) and `Weig
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import Function
 
 from meshwright.parallel.account import totals
 from meshwright.parallel.kernels import conv_backward, conv_forward, memory_format
+from meshwright.parallel.matrix_conv import Room
+from meshwright.parallel.node import Node
 from meshwright.parallel.rules.halo import (
     Cut,
     Halo,
+    Near,
     Pads,
     add_strip,
     again,
@@ -36,6 +40,7 @@ from meshwright.parallel.rules.halo import (
     thin_forward,
     whole,
 )
+from meshwright.parallel.rules.lines import LineConv, line_conv
 from meshwright.parallel.signature import Conv
 
 Mask = tuple[bool, bool, bool]
@@ -43,19 +48,20 @@ Gradients = tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]
 
 
 class Work(NamedTuple):
-    """The constants of a local convolution. `pads` are the zeros around the part (around its window if not hidden)."""
+    """The constants of a local convolution. `pads` are the zeros around the part per dim, so that exactly `out_sizes`
+    outputs follow; along a cut dim they stand for the planes of the neighbours, which `cuts` fetch and add. If not
+    `hidden`, they are the zeros around the part extended by the planes."""
 
     conv: Conv
     pads: Pads
     out_sizes: tuple[int, ...]
-    cuts: tuple[Cut, ...]
-    hidden: bool
+    cuts: tuple[Cut, ...] = ()
+    hidden: bool = True
+    lines: bool = False  # planes near the cut are lines of an image: see `lines.py`
 
 
-class SpatialConv(Function):
-    """Convolution of a local part. `pads` are the zeros around it per dim, so that exactly `out_sizes` outputs follow;
-    along a cut dim they stand for the planes of the neighbours, which `cuts` fetch and add. If not `hidden`, they are
-    the zeros around the part extended by the planes."""
+class SpatialConv(Node):
+    """Convolution of a local part."""
 
     @staticmethod
     def forward(
@@ -63,16 +69,11 @@ class SpatialConv(Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        conv: Conv,
-        pads: Pads,
-        out_sizes: tuple[int, ...],
-        cuts: tuple[Cut, ...] = (),
-        hidden: bool = True,
+        work: Work,
     ) -> torch.Tensor:
-        work = Work(conv, pads, out_sizes, cuts, hidden)
         y, halos = _forward(x, weight, bias, work)
         ctx.work, ctx.has_bias = work, bias is not None
-        ctx.save_for_backward(x, weight, *(plane for halo in halos for plane in halo.planes))
+        ctx.save_for_backward(x, weight, *chain.from_iterable(halo.planes for halo in halos))
         return own(y)
 
     @staticmethod
@@ -87,10 +88,10 @@ class SpatialConv(Function):
         else:
             halos = again(work.cuts, planes, work.pads)
             d_x, d_weight, d_bias = _backward(grad, x, halos, weight, work, mask)
-        return d_x, d_weight, d_bias, None, None, None, None, None
+        return d_x, d_weight, d_bias, None
 
 
-class InputGradient(Function):
+class InputGradient(Node):
     """The gradient of `SpatialConv` for its input (`x` gives its shape alone)."""
 
     @staticmethod
@@ -104,12 +105,12 @@ class InputGradient(Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         grad, weight = ctx.saved_tensors
-        d_grad = SpatialConv.apply(g, weight, None, *ctx.work) if ctx.needs_input_grad[0] else None
+        d_grad = SpatialConv.apply(g, weight, None, ctx.work) if ctx.needs_input_grad[0] else None
         d_weight = WeightGradient.apply(grad, g, weight.detach(), ctx.work) if ctx.needs_input_grad[1] else None
         return d_grad, d_weight, None, None
 
 
-class WeightGradient(Function):
+class WeightGradient(Node):
     """The gradient of `SpatialConv` for its weight (`weight` gives its shape alone)."""
 
     @staticmethod
@@ -124,7 +125,7 @@ class WeightGradient(Function):
     @staticmethod
     def backward(ctx: Any, g: torch.Tensor) -> Any:
         grad, x = ctx.saved_tensors
-        d_grad = SpatialConv.apply(x, g, None, *ctx.work) if ctx.needs_input_grad[0] else None
+        d_grad = SpatialConv.apply(x, g, None, ctx.work) if ctx.needs_input_grad[0] else None
         d_x = InputGradient.apply(grad, g, x.detach(), ctx.work) if ctx.needs_input_grad[1] else None
         return d_grad, d_x, None, None
 
@@ -133,7 +134,7 @@ def _forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, work: Work
 ) -> tuple[torch.Tensor, list[Halo]]:
     """Outputs of this rank, and the planes that its neighbours sent. Collective."""
-    conv, pads, out_sizes, cuts, hidden = work
+    conv, pads, out_sizes, cuts, hidden, lines = work
     if not hidden:
         halos = received(x, cuts, pads)
         y = main_forward(whole(x, halos), weight, bias, conv, pads, out_sizes)
@@ -152,9 +153,13 @@ def _forward(
         halos.append(halo)
         start = time.perf_counter()
         for near in cut.near:
+            part = near.part(halo.planes, cut.dim)
+            if lines and near.taps == 1:
+                read = _line(near, halo, conv, part, out_sizes, weight)
+                read.add_outputs(y.select(cut.dim, near.out), part.select(cut.dim, 0), weight)
+                continue
             w = weight.narrow(cut.dim, near.tap, near.taps)
-            thin = thin_forward(near.part(halo.planes, cut.dim), w, conv, halo.pads, out_sizes, cut.dim)
-            y.narrow(cut.dim, near.out, 1).add_(thin)
+            y.narrow(cut.dim, near.out, 1).add_(thin_forward(part, w, conv, halo.pads, out_sizes, cut.dim))
         totals.boundary_s += time.perf_counter() - start
     return y, halos
 
@@ -163,21 +168,20 @@ def _backward(
     grad: torch.Tensor, x: torch.Tensor, halos: Sequence[Halo], weight: torch.Tensor, work: Work, mask: Mask
 ) -> Gradients:
     """Gradients for input, weight and bias, as far as `mask` asks for them. Collective if for the input."""
-    conv, pads, _, cuts, hidden = work
+    conv, pads, _, cuts, hidden, _ = work
     if not hidden:
         window = whole(x, halos)
         d_window, d_weight, d_bias = main_backward(grad, window, weight, conv, pads, mask)
         d_x, d_halos = (None, []) if d_window is None else parted(d_window, x, halos)
         posted = post_back(x, d_halos[-1], cuts[:-1]) if d_halos else None
     else:
-        thin = [_near_backward(halo, grad, weight, conv, mask[:2]) for halo in halos] if any(mask[:2]) else []
+        thin = [_near_backward(halo, grad, weight, work, mask[:2]) for halo in halos] if any(mask[:2]) else []
         d_halos = [d_halo for d_halo, _ in thin] if mask[0] else []
         posted = post_back(x, d_halos[-1], cuts[:-1]) if d_halos else None
         d_x, d_weight, d_bias = main_backward(grad, x, weight, conv, pads, mask)
-        for halo, (_, d_weights) in zip(halos, thin, strict=False):
-            for near, share in zip(halo.cut.near, d_weights, strict=False):
-                assert d_weight is not None
-                d_weight.narrow(halo.cut.dim, near.tap, near.taps).add_(share)
+        for _, d_weights in thin:
+            for add in d_weights:
+                add(d_weight)
     for level in reversed(range(len(d_halos))):
         assert posted is not None
         assert d_x is not None
@@ -198,20 +202,40 @@ def _d_bias(grad: torch.Tensor) -> torch.Tensor:
     return grad.sum((0, *range(2, grad.ndim)))
 
 
+def _line(
+    near: Near, halo: Halo, conv: Conv, part: torch.Tensor, out_sizes: Sequence[int], weight: torch.Tensor
+) -> LineConv:
+    dim, other = halo.cut.dim, 5 - halo.cut.dim
+    sizes = part.shape[other], out_sizes[other - 2], weight.shape[other]
+    return line_conv(dim, near.tap, conv, halo.pads[other - 2][0], *sizes)
+
+
+def _add_to(dim: int, near: Near, share: torch.Tensor, d_weight: torch.Tensor) -> None:
+    d_weight.narrow(dim, near.tap, near.taps).add_(share)
+
+
 def _near_backward(
-    halo: Halo, grad: torch.Tensor, weight: torch.Tensor, conv: Conv, mask: tuple[bool, bool]
-) -> tuple[Halo, list[torch.Tensor]]:
-    """Gradients of the planes, and what they add to the gradient of the weight for each output near them: as far as
-    `mask` asks for either."""
-    start, dim = time.perf_counter(), halo.cut.dim
+    halo: Halo, grad: torch.Tensor, weight: torch.Tensor, work: Work, mask: tuple[bool, bool]
+) -> tuple[Halo, list[Callable[..., None]]]:
+    """Gradients of the planes, and what adds to the gradient of the weight for each output near them: as far as `mask`
+    asks for either."""
+    start, dim, conv = time.perf_counter(), halo.cut.dim, work.conv
     d_planes: list[torch.Tensor | None] = [None] * len(halo.planes)
-    d_weights = []
+    d_weights: list[Callable[..., None]] = []
     for near in halo.cut.near:
-        g, w = grad.narrow(dim, near.out, 1), weight.narrow(dim, near.tap, near.taps)
-        d_part, d_weight = thin_backward(g, near.part(halo.planes, dim), w, conv, halo.pads, dim, mask)
+        part = near.part(halo.planes, dim)
+        if work.lines and near.taps == 1:
+            g, read = grad.select(dim, near.out), _line(near, halo, conv, part, grad.shape[2:], weight)
+            d_part = read.input_gradient(g, part.shape[5 - dim], weight).unsqueeze(dim) if mask[0] else None
+            add: Callable[..., None] = partial(read.add_weight_gradient, g, part.select(dim, 0))
+        else:
+            g, w = grad.narrow(dim, near.out, 1), weight.narrow(dim, near.tap, near.taps)
+            d_part, share = thin_backward(g, part, w, conv, halo.pads, dim, mask)
+            add = partial(_add_to, dim, near, share)
         if mask[1]:
-            d_weights.append(d_weight)
+            d_weights.append(add)
         if mask[0]:
+            assert d_part is not None
             held = d_planes[near.plane]
             if near.is_all:
                 held = d_part
@@ -237,10 +261,16 @@ def main_forward(
 
 
 def main_backward(
-    grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, conv: Conv, pads: Pads, mask: tuple[bool, bool, bool]
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    conv: Conv,
+    pads: Pads,
+    mask: tuple[bool, bool, bool],
+    room: Room | None = None,
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Gradients of that for input, weight and bias."""
+    """Gradients of that for input, weight and bias; see `conv_backward`."""
     if not grad.numel() or not x.numel():
         d_bias = _d_bias(grad) if mask[2] else None
         return torch.zeros_like(x) if mask[0] else None, torch.zeros_like(weight) if mask[1] else None, d_bias
-    return conv_backward(grad, x, weight, conv, pads, mask)
+    return conv_backward(grad, x, weight, conv, pads, mask, room)

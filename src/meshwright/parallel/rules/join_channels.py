@@ -11,16 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd import Function
 
 from meshwright.parallel.functions import function
 from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import axis_of
-from meshwright.parallel.redistribute import from_local, to_local
+from meshwright.parallel.node import Node
+from meshwright.parallel.parts import from_local, to_local
 from meshwright.parallel.tensor import is_mesh
 
 
-class _Join(Function):
+class _Join(Node):
     @staticmethod
     def forward(ctx: Any, *parts: torch.Tensor) -> torch.Tensor:
         ctx.channels = [part.shape[1] for part in parts]

@@ -10,10 +10,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch.autograd import Function
 
 from meshwright.parallel.comm import dense_strides
 from meshwright.parallel.exchange import Intervals, Line, Posted
+from meshwright.parallel.node import Node
 from meshwright.parallel.taps import gather, gather_more, spread
 from meshwright.plan.geometry import Interval
 
@@ -42,7 +42,7 @@ def _sized(like: torch.Tensor, dim: int, size: int) -> torch.Tensor:
     return torch.empty_strided(shape, dense_strides(like, shape), dtype=like.dtype, device=like.device)
 
 
-class LinePool(Function):
+class LinePool(Node):
     """The sums of this rank's windows; its gradient is `LineSpread`."""
 
     @staticmethod
@@ -61,7 +61,7 @@ class LinePool(Function):
         return LineSpread.apply(grad, ctx.windows), None
 
 
-class LineSpread(Function):
+class LineSpread(Node):
     """The adjoint of `LinePool`: each result hands its share to the positions of its window, wherever they are."""
 
     @staticmethod

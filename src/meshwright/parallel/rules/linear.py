@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from meshwright.parallel.functions import as_mesh, autocast, cause_for, function, made_whole, mesh_of, placements_of
 from meshwright.parallel.layout import split_axes
-from meshwright.parallel.redistribute import from_local, replicate, to_local
+from meshwright.parallel.parts import from_local, to_local
+from meshwright.parallel.redistribute import replicate
 
 
 @function(F.linear)

@@ -19,7 +19,8 @@ from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.functions import as_mesh, cause_for, function, gathered, mesh_of, placements_of
 from meshwright.parallel.layout import PARTIAL, REPLICATE, Placements, moved, replicated, split_axes, splits
 from meshwright.parallel.operators import cause_of, operator
-from meshwright.parallel.redistribute import from_local, redistribute, replicate, to_local
+from meshwright.parallel.parts import from_local, to_local
+from meshwright.parallel.redistribute import redistribute, replicate
 from meshwright.parallel.rules.pointwise import common_layout, cut, pointwise, to_parts
 from meshwright.parallel.rules.reduce import arguments, vector_norm
 from meshwright.parallel.tensor import MeshOps, ledger_of, mesh_tensors, wrap

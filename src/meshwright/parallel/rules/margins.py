@@ -11,7 +11,8 @@ from torch.distributed.tensor import Shard
 
 from meshwright.parallel.functions import as_mesh, cause_for, function, gathered, mesh_of, placements_of
 from meshwright.parallel.layout import REPLICATE, replicated, split_axes
-from meshwright.parallel.redistribute import from_local, redistribute, replicate, to_local
+from meshwright.parallel.parts import from_local, to_local
+from meshwright.parallel.redistribute import redistribute, replicate
 from meshwright.parallel.rules.loss import _reduction, across_ranks, cross_entropy, nll_loss
 
 _NAMES = ("none", "mean", "sum")  # of torch's numbers

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from meshwright.parallel.at_once import at_once
 from meshwright.parallel.functions import function
 from meshwright.parallel.history import direct
-from meshwright.parallel.redistribute import from_local_alike, written
+from meshwright.parallel.parts import from_local_alike, written
 from meshwright.parallel.tensor import MeshOps, is_mesh
 
 _UNARY = "relu relu6 leaky_relu elu selu celu gelu silu mish softplus softsign sigmoid logsigmoid tanh hardtanh"
@@ -49,7 +49,7 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
 
     def rule(*args: Any, **kwargs: Any) -> Any:
         """On the parts where rules made all operands, else as any elementwise operator."""
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or (writes and _is_aside(args)):
             return _unrecorded(func, args, kwargs) if writes else NotImplemented
         first: Any = None
         parts = []
@@ -64,7 +64,7 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
                 return NotImplemented
             else:
                 parts.append(value)
-        if first is None or any(isinstance(v, torch.Tensor) for v in kwargs.values()):
+        if first is None or (kwargs and any(isinstance(v, torch.Tensor) for v in kwargs.values())):
             return NotImplemented
         if len(args) > place:
             return NotImplemented
@@ -75,11 +75,22 @@ def _rule(func: Callable[..., Any]) -> Callable[..., Any]:
     return rule
 
 
+def _is_aside(args: Any) -> bool:
+    """Whether a write concerns no graph, as that to a counter of batches."""
+    if not isinstance(args[0], MeshOps) or args[0]._history is not None:
+        return False
+    with torch._C.DisableTorchFunctionSubclass():
+        for value in args:
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                return False
+    return True
+
+
 def _unrecorded(func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """In place where no graph is kept, as optimisers write: at half the cost of the way of operators."""
     result = at_once(func, args, kwargs, True, False)
     if result is not NotImplemented and not result._local_tensor.is_inference():
-        torch.autograd.graph.increment_version(result)  # as torch counts a write to the mesh tensor
+        torch._C._increment_version((result,))  # as torch counts a write to the mesh tensor
     return result
 
 

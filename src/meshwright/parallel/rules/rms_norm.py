@@ -11,7 +11,8 @@ import torch.nn.functional as F
 
 from meshwright.parallel.functions import as_mesh, cause_for, function, mesh_of, placements_of
 from meshwright.parallel.layout import split_axes, splits
-from meshwright.parallel.redistribute import from_local, replicate, to_local
+from meshwright.parallel.parts import from_local, to_local
+from meshwright.parallel.redistribute import replicate
 from meshwright.parallel.rules.norm import affine
 from meshwright.parallel.rules.standardize import Total
 

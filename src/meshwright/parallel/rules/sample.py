@@ -20,7 +20,8 @@ from meshwright.parallel.comm import all_gather_stack, all_reduce
 from meshwright.parallel.exchange import Line
 from meshwright.parallel.functions import as_mesh, cause_for, function, gathered, mesh_of, placements_of
 from meshwright.parallel.layout import REPLICATE, Placements, local_shape, split_axes, splits
-from meshwright.parallel.redistribute import from_local, redistribute, to_local
+from meshwright.parallel.parts import from_local, to_local
+from meshwright.parallel.redistribute import redistribute
 from meshwright.parallel.rules.windows import Space, fetch_windows, nothing
 from meshwright.parallel.tensor import is_mesh
 from meshwright.plan.geometry import Interval

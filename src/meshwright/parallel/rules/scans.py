@@ -5,15 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel.comm import Cause, all_gather_stack
 from meshwright.parallel.functions import cause_for, function, placements_of
 from meshwright.parallel.layout import axis_of, owned
 from meshwright.parallel.mesh import coordinates
+from meshwright.parallel.node import Node
 from meshwright.parallel.operators import cause_of, operator
-from meshwright.parallel.redistribute import from_local, to_local
+from meshwright.parallel.parts import from_local, to_local
 from meshwright.parallel.rules.dimwise import along
 from meshwright.parallel.tensor import is_mesh, wrap
 
@@ -21,7 +21,7 @@ aten = torch.ops.aten
 _HALF = (torch.bfloat16, torch.float16)
 
 
-class _Carry(Function):
+class _Carry(Node):
     """The sum of what the ranks before this one (`after`: behind it) give; its gradient goes the other way."""
 
     @staticmethod

@@ -16,7 +16,7 @@ from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.functions import cause_for, function, placements_of
 from meshwright.parallel.layout import replicated, split_axes
 from meshwright.parallel.operators import cause_of, operator
-from meshwright.parallel.redistribute import to_local
+from meshwright.parallel.parts import to_local
 from meshwright.parallel.tensor import is_mesh, wrap
 
 aten = torch.ops.aten

@@ -10,12 +10,12 @@ import math
 from typing import Any
 
 import torch
-from torch.autograd import Function
 from torch.distributed.device_mesh import DeviceMesh
 
 from meshwright.parallel import norm_kernels
 from meshwright.parallel.comm import Cause, all_reduce
 from meshwright.parallel.layout import Shares
+from meshwright.parallel.node import Node
 from meshwright.parallel.norm_kernels import is_per_channel
 from meshwright.parallel.rules.reduce import merge_moments
 from meshwright.parallel.small import host, tensor
@@ -25,7 +25,7 @@ def wide_dtype(t: torch.Tensor) -> torch.dtype:
     return torch.float32 if t.dtype in (torch.bfloat16, torch.float16) else t.dtype
 
 
-class Total(Function):
+class Total(Node):
     """The sum of local tensors over the ranks along `axes`, which each of them goes on with in its own way: so the
     gradient of every summand is the sum of the ranks' gradients."""
 
@@ -64,7 +64,7 @@ def _gradient_sums(g: torch.Tensor, centred: torch.Tensor, dims: tuple[int, ...]
     return torch.stack([t.sum(dims, keepdim=True).double() for t in (g, g * centred)])
 
 
-class Standardize(Function):
+class Standardize(Node):
     """`(x - mean) / sqrt(var + eps) * weight + bias` on local parts, moments over `dims` and the ranks of `axes`.
 
     `weight` and `bias` broadcast against `x`; `even`: as one number for all values that share statistics, on every

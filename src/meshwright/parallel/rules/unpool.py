@@ -19,7 +19,8 @@ from meshwright.parallel.comm import all_gather_dim, all_reduce
 from meshwright.parallel.exchange import Line
 from meshwright.parallel.functions import as_mesh, function, gathered, mesh_of, placements_of
 from meshwright.parallel.layout import owned, split_axes, splits
-from meshwright.parallel.redistribute import redistribute, to_local
+from meshwright.parallel.parts import to_local
+from meshwright.parallel.redistribute import redistribute
 from meshwright.parallel.rules.windows import Space, enter, fetch_windows, raster, unravelled
 from meshwright.plan.geometry import Interval, chunks
 

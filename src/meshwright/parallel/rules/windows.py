@@ -14,7 +14,7 @@ from meshwright.parallel.exchange import Line, fetch
 from meshwright.parallel.functions import cause_for, placements_of
 from meshwright.parallel.kernels import memory_format
 from meshwright.parallel.layout import Placements, axis_of, local_shape
-from meshwright.parallel.redistribute import from_local, to_local
+from meshwright.parallel.parts import from_local, to_local
 from meshwright.plan.geometry import Interval, chunks
 
 
