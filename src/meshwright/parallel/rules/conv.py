@@ -132,7 +132,7 @@ def _planned(
         have, want = cut.owned[cut.line.me], cut.wanted[cut.line.me]
         before, after = cut.edge
         pads[cut.dim - 2] = (before + have.lo - want.lo, after + want.hi - have.hi) if hidden else cut.edge
-    lines = hidden and are_lines(local, weight, constants)
+    lines = hidden and are_lines(local, constants)
     work = Work(constants, tuple(pads), tuple(local_out), tuple(cuts), hidden, lines)
     return Layout(mesh, out, out_shape), split_axes(placements), work
 

@@ -13,7 +13,6 @@ import torch
 
 from meshwright.parallel.signature import Conv, Signature
 
-FEWEST_CHANNELS = 16  # below, a product for each tap is too little work for its call
 _DTYPES = (torch.float32, torch.float64)  # halves would be rounded once for each tap
 
 
@@ -49,10 +48,9 @@ class LineConv(NamedTuple):
         return rows[at : at + (count - 1) * self.stride + 1 : self.stride]
 
 
-def are_lines(x: Signature, weight: Signature, conv: Conv) -> bool:
-    """Whether planes near a cut are lines of one image, with enough channels."""
-    few = min(weight.shape[:2]) < FEWEST_CHANNELS
-    return x.ndim == 4 and x.shape[0] == 1 == conv.groups and x.dtype in _DTYPES and x.device.type == "cpu" and not few
+def are_lines(x: Signature, conv: Conv) -> bool:
+    """Whether planes near a cut are lines of one image."""
+    return x.ndim == 4 and x.shape[0] == 1 == conv.groups and x.dtype in _DTYPES and x.device.type == "cpu"
 
 
 @lru_cache(maxsize=4096)
