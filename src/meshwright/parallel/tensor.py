@@ -145,21 +145,20 @@ class Layout:
     """Where the parts of a tensor lie: mesh, placements and global shape. It remembers the last spec: parts of one
     layout mostly lie alike in memory."""
 
-    __slots__ = ("_last", "_strides", "mesh", "placements", "shape")
+    __slots__ = ("_last", "mesh", "placements", "shape")
 
     def __init__(self, mesh: DeviceMesh, placements: Placements, shape: tuple[int, ...]) -> None:
         self.mesh, self.placements, self.shape = mesh, placements, shape
-        self._last: DTensorSpec | None = None
-        self._strides: tuple[int, ...] = ()
+        self._last: tuple[tuple[int, ...], torch.dtype, DTensorSpec] | None = None  # of the parts with such strides
 
     def spec(self, local: torch.Tensor) -> DTensorSpec:
         """That of a tensor of which this rank has the part `local`."""
         strides, last = local.stride(), self._last
-        if last is None or strides != self._strides or local.dtype is not last.tensor_meta.dtype:  # type: ignore[union-attr]
+        if last is None or last[0] != strides or last[1] is not local.dtype:
             whole = strides if self.shape == local.shape else global_strides(self.shape, strides)
-            last = spec_of(self.mesh, self.placements, self.shape, whole, local.dtype)
-            self._last, self._strides = last, strides
-        return last
+            last = strides, local.dtype, spec_of(self.mesh, self.placements, self.shape, whole, local.dtype)
+            self._last = last
+        return last[2]
 
 
 def wrap(
