@@ -211,6 +211,23 @@ def test_parameters_of_another_plan() -> None:
     assert max(mw.launch(of_another_plan, ranks=4, threads=1)) < 1e-10
 
 
+def in_a_row() -> tuple[bool, list[int]]:
+    """Whether what a module makes of another one's output lies where the plan splits it; and a window of channels."""
+    everywhere()
+    plan = plan_of("h2")
+    first, second = (mw.parallelize(nn.Conv2d(3, f, 3, padding=1).double(), plan) for f in (3, 8))
+    y = second(first(mw.shard(torch.randn(1, 3, 7, 6, dtype=torch.float64), plan)))
+    mine = y.full_tensor()[mw.interval(tuple(y.shape), plan, torch.distributed.get_rank())]
+    return torch.equal(y.to_local(), mine), list(mw.window(y, 1, [2], [5]).shape)
+
+
+def test_modules_in_a_row() -> None:
+    """Each hands on what is split as planned, also what it made of another one's output."""
+    for rank, (is_home, window) in enumerate(mw.launch(in_a_row, ranks=2, threads=1)):
+        assert is_home
+        assert window == [1, 3, 4 - rank, 6]
+
+
 CHANNELS, FILTERS = 4, 7
 
 

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import meshwright as mw
+from meshwright.errors import UnsupportedError
 from meshwright.parallel.noise import blocks, digits_of, fill, mix, normal, unit, words
 from meshwright.plan.geometry import Interval, chunks
 
@@ -153,6 +154,35 @@ def test_checkpoint_of_modules(reentrant: bool) -> None:
         grads.append([x.grad.full_tensor(), *(p.grad.full_tensor() for p in model.parameters())])
     for plain, recomputed in zip(*grads, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+def _around_it_all(reentrant: bool, draws: bool) -> list[float]:
+    """Of two calls of a checkpointed module: the sum of a result, which is linear in the last weight, less what the
+    gradient of that weight makes of it; nothing if both came of the same mask."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.Dropout(), nn.Conv2d(8, 4, 1, bias=False)).double()
+    plan = mw.Plan.uniform()
+    model, found = mw.parallelize(model, plan), []
+    x = mw.shard(torch.randn(2, 3, 6, 6, dtype=torch.float64), plan).requires_grad_()
+    results = []
+    for _ in range(2):
+        if draws:
+            torch.rand(())
+        results.append(checkpoint(model, x, use_reentrant=reentrant).sum())
+    weight = model[2].weight
+    for y in results:
+        weight.grad = None
+        y.backward()
+        found.append(float(((weight * weight.grad).sum() - y).detach().full_tensor()))
+    return found
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpoint_of_the_whole_module(reentrant: bool) -> None:
+    """It restores the state outside, by which the call is found; two calls that began with the same are refused."""
+    assert max(map(abs, _around_it_all(reentrant, draws=True))) < 1e-12
+    with pytest.raises(UnsupportedError, match="which of them is meant"):
+        _around_it_all(reentrant, draws=False)
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

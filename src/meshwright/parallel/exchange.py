@@ -264,7 +264,7 @@ def window(x: Any, dim: int, lo: Sequence[int], hi: Sequence[int]) -> torch.Tens
     split by channels is first split as the plan says.
     """
     dim %= x.ndim
-    if dim != 1 and x._ledger is not None and x._ledger.by_filters:
+    if x._ledger is not None and x._ledger.by_filters:
         x = sent_home(x, [1], "window")
     axis = axis_of(tuple(x._spec.placements), dim)
     local = to_local(x)

@@ -19,6 +19,7 @@ import torch
 from torch.distributed.tensor import Shard
 from torch.distributed.tensor._dtensor_spec import DTensorSpec
 
+from meshwright.parallel.account import where
 from meshwright.parallel.comm import Cause
 from meshwright.parallel.decided import decided
 from meshwright.parallel.exchange import Fetch, Intervals, Line, Return, fetched, returned
@@ -52,8 +53,9 @@ class Filters(NamedTuple):
         self, x: Any, weight: torch.Tensor, bias: torch.Tensor | None, filters: int, work: Work, cause: Cause
     ) -> Any:
         """This rank's part of all `filters` over all of `x`, a local tensor."""
-        if cause.ledger is not None:
-            cause.ledger.by_filters = True
+        for ledger in (cause.ledger, *(running for running, _ in where.stack)):  # whoever hands the result on
+            if ledger is not None:
+                ledger.by_filters = True
         ways = _ways(x._spec, self.axis, self.dim, cause)
         return FilterConv.apply(to_local(x), weight, bias, filters, work, *ways)
 
