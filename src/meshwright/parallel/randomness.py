@@ -35,7 +35,7 @@ class _Entered(NamedTuple):
     """A module that runs forward: `call` is None where it goes on with the state that it found."""
 
     before: States
-    mark: int
+    mark: int | None
     call: int | None
     in_backward: bool
     seeded: States
@@ -50,9 +50,11 @@ class _Forward:
 
     def enter(self, ledger: Ledger) -> None:
         """Raises `UnsupportedError` where a checkpoint repeats a whole call and several could be meant."""
-        before, mark, in_backward = _states(), _fingerprint(), torch._C._current_graph_task_id() != -1
+        before, in_backward = _states(), torch._C._current_graph_task_id() != -1
+        # in transforms of torch.func, which rules refuse by name, no number can be looked at
+        mark = None if torch._C._are_functorch_transforms_active() else _fingerprint()
         if in_backward:  # a checkpoint recomputes: within the module it has restored the state of the first time
-            calls = self._drawn.get(ledger, {}).get(mark, set())
+            calls: set[int] = set() if mark is None else self._drawn.get(ledger, {}).get(mark, set())
             if len(calls) > 1:
                 raise UnsupportedError(_WHICH)
             call = next(iter(calls), None)
@@ -70,7 +72,7 @@ class _Forward:
         (cpu, cuda), mark, call, in_backward, seeded = self._entered[id(ledger)].pop()
         if call is None:
             return
-        if not in_backward and not _same(seeded, _states()):
+        if mark is not None and not in_backward and not _same(seeded, _states()):
             drawn = self._drawn.setdefault(ledger, {})
             if len(drawn) >= _REMEMBERED:
                 del drawn[next(iter(drawn))]
